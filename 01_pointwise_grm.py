@@ -1,0 +1,826 @@
+"""Step 1: a pointwise generative reward model (GRM): a language model that writes principles, a critique and a score for each response.
+
+A scalar reward model turns (query, response) into a number and cannot say why. A pairwise judge says which of two is better and cannot score
+one alone. The pointwise GRM of Self-Principled Critique Tuning (SPCT, arXiv 2504.02495, sections 2.1 and 3.1) is a plain language model that
+writes text: first principles (the specific criteria that matter for this query, weighted), then a critique of every response against them,
+then one integer score per response, which we read out of a box:
+
+    {p_i} ~ p_theta(x, {y_i}),    C ~ r_theta(x, {y_i}, {p_i}),    {S_i} = extract(C)                                    (Eq. 7 and 9)
+
+One form serves one response, a pair, or many. Because it samples text, asking twice gives two opinions: what steps 2 to 5 train and add up.
+
+    python 01_pointwise_grm.py                                                        the embedded judge on its own world, CPU, under a minute
+    python 01_pointwise_grm.py --model google/gemma-3-4b-it --data reward.jsonl       a small Gemma on one GPU
+    python 01_pointwise_grm.py --model google/gemma-2-27b-it --quantize nf4 --data reward.jsonl            27 billion parameters on one GPU
+    python 01_pointwise_grm.py --query "Name a prime." --response "Seven." --response "Nine."              judge your own text
+
+Reads preference data in any public layout (`--export` writes it as the JSON Lines that later steps read). Writes runs/01_pointwise_grm/:
+judgements.jsonl (every judgement with its scores) and results.json (figures with standard errors, settings, versions). A run prints one
+judgement in full, then accuracy (ties are coin tosses), strict accuracy (Eq. 10: the best response scores above all others), ties, unreadable
+outputs, ROC-AUC for single responses; by subset, by number of responses, and by position of the best response.
+
+Exercises
+1. Run with --temperature 0, 0.5 and 1. Which of accuracy, ties and unreadable outputs moves, and why?
+2. Run with --no-principles on the embedded judge, which never saw that prompt: what does it do, and what would Table 4's ablation need?
+3. Judge one query with --query and swap the responses. Do the scores swap with them? The table's "best response at" rows say how often not.
+"""
+from __future__ import annotations
+
+import argparse
+import functools
+import gzip
+import json
+import math
+import os
+import random
+import re
+import sys
+import time
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import psutil
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+HERE = Path(__file__).resolve().parent
+
+
+class DataError(ValueError):
+    """A preference record or file that cannot be used; the message names the file, the line and what to do."""
+
+
+class ModelError(RuntimeError):
+    """A model that cannot be loaded or does not fit; the message says what to do."""
+
+
+@dataclass
+class Preference:
+    """A query, n >= 1 responses and their ground-truth rewards. Making one that is malformed raises DataError (without a file or line)."""
+    query: str | list[dict]  # the user's only turn, or [{"role": "user" | "assistant" | "system", "content": str}, ...] up to their last
+    responses: list[str]
+    rewards: list[float]  # one per response; exactly one maximum when n >= 2
+    subset: str = ""
+    reference: str | None = None
+    id: str = ""
+
+    def __post_init__(self):
+        turns = self.query if isinstance(self.query, list) else [{"role": "user", "content": self.query}]
+        if not all(isinstance(turn, dict) and turn.keys() == {"role", "content"} and turn["role"] in ("user", "assistant", "system")
+                   and isinstance(turn["content"], str) for turn in turns):
+            raise DataError("the query is neither text nor a list of messages {role: user, assistant or system; content: text}")
+        if not turns or turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
+            raise DataError("the query is empty or does not end with the user's turn")
+        self.query = turns[0]["content"] if len(turns) == 1 else turns
+        if not isinstance(self.responses, list) or not self.responses or not all(isinstance(r, str) and r.strip() for r in self.responses):
+            raise DataError("the responses are not a list of texts, at least one and none of them empty")
+        # `type`, for True is an int to isinstance; the bound is false for NaN, infinities and integers beyond any float
+        if not isinstance(self.rewards, list) or not all(type(r) in (int, float) and abs(r) <= sys.float_info.max for r in self.rewards):
+            raise DataError("the rewards are not a list of finite numbers")
+        if len(self.rewards) != len(self.responses):
+            raise DataError(f"{len(self.responses)} responses but {len(self.rewards)} rewards")
+        self.rewards = [float(reward) for reward in self.rewards]
+        if self.rewards.count(max(self.rewards)) > 1:
+            raise DataError("a tie: more than one response has the best reward")
+        if not isinstance(self.subset, str) or not isinstance(self.id, str) or not isinstance(self.reference, str | None):
+            raise DataError("subset, id or reference is not text")
+        try:
+            json.dumps(vars(self), ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # JSON can escape half a surrogate pair, which no UTF-8 file and no tokenizer takes
+            raise DataError("a text holds half a character (a lone surrogate, such as \\ud800)") from None
+
+
+# The prompt's parts in the order in which they appear. It is the only thing that a language model knows about being a judge.
+TASK = ("Judge each response to the conversation. Write the specific criteria that matter here with their weights, analyse every response "
+        "against them, then score it.")
+TASK_WITHOUT_PRINCIPLES = "Judge each response to the conversation. Analyse every response, then score it."
+SCALE = "Scores run from 1 (fails altogether) through 6 (meets some criteria) to 10 (meets all criteria). Be strict; analyse before you score."
+SCALE_BINARY = "The score is 1 if the response is correct and 0 if it is not. Be strict; analyse before you score."
+GENERAL_CRITERIA = "General criteria: following instructions, usefulness, detail, relevance."
+MARKER = re.compile(r"\[(?=\s*(?:conversation|reference|response)[^\[\]]*(?:begins|ends)\s*\])", re.IGNORECASE)
+
+
+def block(name: str, text: str) -> str:
+    """`text` between its own begin and end markers. It is untrusted: a marker inside it loses its bracket, so it cannot close the block."""
+    return f"[{name} begins]\n{MARKER.sub('(', text)}\n[{name} ends]\n"
+
+
+def build_prompt(query: str | list[dict], responses: list[str], reference: str | None = None, hint: str | None = None, binary: bool = False,
+                 principles: bool = True) -> str:
+    """The judge's prompt for a conversation and its responses, numbered from 1.
+
+    Args:
+        query: the user's turn, or a conversation of {"role", "content"} messages. responses: n >= 1 texts.
+        reference: a reference answer to judge against (E.1.3). hint: a last line that gives the truth away, for hinted sampling (section 3.2).
+        binary: scores 0 and 1 instead of 1..10, for single responses in training. principles: False leaves the criteria out (Table 4).
+    """
+    turns = [{"role": "user", "content": query}] if isinstance(query, str) else query
+    parts = [f"{TASK if principles else TASK_WITHOUT_PRINCIPLES}\n{SCALE_BINARY if binary else SCALE}\n{GENERAL_CRITERIA}\n",
+             block("Conversation", "\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns))]
+    if reference is not None:
+        parts.append(block("Reference answer", reference))
+    parts += [block(f"Response {number}", response) for number, response in enumerate(responses, 1)]
+    parts.append("Answer in this form:\n" + "Specific Criteria: each criterion and its weight\n" * principles
+                 + "Analysis: each response against each criterion\n"
+                 + "Scores: \\boxed{" + ", ".join(f"s{number}" for number in range(1, len(responses) + 1)) + "}")
+    return "\n".join(parts) + (f"\n({hint})" if hint else "")
+
+
+@functools.cache
+def control_tokens(tokenizer) -> list[str]:
+    """The texts of a tokenizer's special tokens, such as "<end_of_turn>"."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special and len(token.content) > 1]
+
+
+def encode(tokenizer, prompt: str, shots: list[tuple[str, str]] = ()) -> list[int]:
+    """Token ids of a prompt, up to where the judgement begins: in the tokenizer's chat template if it has one, else as plain text; BOS once.
+
+    shots: worked (prompt, judgement) pairs that come first, for base models, which were never taught to follow instructions.
+    Control tokens spelled out in the text ("<end_of_turn>") are broken up, so that no response can end the user's turn.
+    """
+    turns = [text for shot in shots for text in shot] + [prompt]
+    for token in control_tokens(tokenizer):
+        turns = [turn.replace(token, f"{token[0]} {token[1:]}") for turn in turns]
+    if tokenizer.chat_template is None:
+        return tokenizer("\n\n".join(turns) + "\n\n")["input_ids"]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written BOS
+
+
+# Judgements of things that anybody can check, for --shots. What a base model takes from them is the form.
+SHOTS = [
+    ("Name three colours of the rainbow.", ["Red and brown.", "Red, green and blue."],
+     "Specific Criteria: every colour is in the rainbow (weight 3); three are named (weight 2).\n",
+     "Analysis: Response 1 names two colours, and brown is not in the rainbow. Response 2 names three, all of them in it.\nScores: \\boxed{1, 10}"),
+    ("How many days are in a week? Answer with one word.", ["It has seven days.", "Seven.", "Six."],
+     "Specific Criteria: the number is right (weight 3); the answer is one word (weight 1).\n",
+     "Analysis: Response 1 is right, in four words. Response 2 is right, in one word. Response 3 is one word, but wrong.\nScores: \\boxed{8, 10, 3}"),
+    ("Is a whale a fish?", ["No, it is a mammal."],
+     "Specific Criteria: the answer is right (weight 3); it says why (weight 1).\n",
+     "Analysis: Response 1 is right and says what a whale is.\nScores: \\boxed{10}"),
+]
+
+
+def worked_examples(count: int, principles: bool = True) -> list[tuple[str, str]]:
+    """The first `count` of SHOTS as (prompt, judgement)."""
+    return [(build_prompt(query, responses, principles=principles), criteria * principles + rest)
+            for query, responses, criteria, rest in SHOTS[:count]]
+
+
+@dataclass
+class Judgement:
+    """What one output says: its principles and critique, and one score per response, or None and the reason why they are unreadable."""
+    principles: str
+    critique: str
+    scores: list[int] | None
+    unreadable: str = ""
+
+
+def read_judgement(text: str, n: int, binary: bool = False) -> Judgement:
+    """Take an output apart (Eq. 7: extract). Scores are the last box, exactly n integers in 1..10 (0..1 if binary); never raises."""
+    labels, start = {}, 0
+    for label in ("Specific Criteria", "Analysis", "Scores"):  # each at the start of a line, perhaps as a heading or in bold
+        if match := re.compile(rf"^[ \t#*_]*{label}[ *_]*:", re.IGNORECASE | re.MULTILINE).search(text, start):
+            labels[label], start = match, match.end()
+
+    def part(label):
+        if label not in labels:
+            return ""
+        end = min((later.start() for later in labels.values() if later.start() > labels[label].start()), default=len(text))
+        return text[labels[label].end():end].strip("*_# \n")
+
+    principles, critique = part("Specific Criteria"), part("Analysis")
+    low, high = (0, 1) if binary else (1, 10)
+    boxes = re.findall(r"\\boxed\s*\{([^{}]*)(\}?)", text)
+    if not boxes:
+        return Judgement(principles, critique, None, "no \\boxed{...}")
+    content, closed = boxes[-1]
+    entries = [entry.strip("*_`$ \t\n") for entry in content.split(",")]
+    if not closed:
+        reason = "the last box is not closed"
+    elif len(entries) != n:
+        reason = f"{len(entries)} scores for {n} responses"
+    elif not all(re.fullmatch("[0-9]{1,2}", entry) for entry in entries):
+        reason = "a score is not a whole number"
+    elif not all(low <= int(entry) <= high for entry in entries):
+        reason = f"a score is outside {low}..{high}"
+    else:
+        return Judgement(principles, critique, [int(entry) for entry in entries])
+    return Judgement(principles, critique, None, reason)
+
+
+@dataclass
+class Sample:
+    """A completion: its token ids (with the end token, if it came) and its text without special tokens."""
+    ids: list[int]
+    text: str
+
+
+class Decoder:
+    """A batch in flight: the fixed buffers that a decode step reads and writes in place.
+
+    Prompts are padded on the left, so every row writes its next token to the same `column`. The decoder passes itself to the model as the
+    cache: in the prefill, attention layers leave their keys and values here by `update`; in a step, each adds one column and gets back the
+    first `visible` ones to look at. Sliding-window layers keep all columns too and the mask hides the old ones: more memory than a rolling
+    window, but nothing to move. In a step only the buffers change, and `visible` is set from outside, so it could be captured in a CUDA graph.
+    """
+
+    def __init__(self, model, prompts: list[tuple[int, ...]], rows: list[int], temperature: float, max_new_tokens: int, stop_ids: list[int],
+                 pad_id: int, generator: torch.Generator):
+        """prompts: distinct, each prefilled once. rows: for each sample, the number of its prompt."""
+        device, config = model.device, model.config.get_text_config()
+        self.model, self.temperature, self.generator, self.pad_id = model, temperature, generator, pad_id
+        self.window = getattr(config, "sliding_window", None)
+        self.mixed_layers = getattr(config, "layer_types", None) is not None  # Gemma 2 and 3: sliding and full attention
+        # Prefill: each distinct prompt once, a few thousand tokens at a time.
+        self.width = self.visible = max(map(len, prompts))
+        ids = torch.tensor([[pad_id] * (self.width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+        padding = torch.tensor([[self.width - len(prompt)] for prompt in prompts], device=device)
+        self.columns = torch.arange(self.width + max_new_tokens, device=device)
+        self.column, logits, keys, values = None, [], {}, {}
+        for part in torch.arange(len(prompts), device=device).split(max(1, 8192 // self.width)):
+            self.real, self.keys, self.values, columns = self.columns >= padding[part], {}, {}, self.columns[:self.width]
+            logits.append(self.forward(ids[part], (columns - padding[part]).clamp(min=0), columns))
+            for layer in self.keys:
+                keys.setdefault(layer, []).append(self.keys[layer])
+                values.setdefault(layer, []).append(self.values[layer])
+        # Expand: a row for each sample, with its own copy of the prompt's keys and values and room for what it will write.
+        rows = torch.tensor(rows, device=device)
+        for prefixes, cache in ((keys, self.keys), (values, self.values)):
+            for layer in cache:
+                prefix = torch.cat(prefixes.pop(layer))
+                cache[layer] = prefix.new_zeros(len(rows), prefix.shape[1], len(self.columns), prefix.shape[3])
+                cache[layer][:, :, :self.width] = prefix[rows]
+        self.real, self.logits, self.position = self.columns >= padding[rows], torch.cat(logits)[rows], self.width - 1 - padding[rows]
+        self.column = torch.tensor([self.width], device=device)
+        self.output = torch.full((len(rows), max_new_tokens), pad_id, device=device)
+        self.finished = torch.zeros(len(rows), 1, dtype=torch.bool, device=device)
+        self.stop_ids = torch.tensor(stop_ids, device=device)
+
+    def update(self, key, value, layer, *_, **__):
+        """Store a layer's new keys and values (rows, kv_heads, columns, head_dim); returns all that attention may look at."""
+        if self.column is None:  # prefill
+            self.keys[layer], self.values[layer] = key, value
+            return key, value
+        self.keys[layer].index_copy_(2, self.column, key)
+        self.values[layer].index_copy_(2, self.column, value)
+        return self.keys[layer][:, :, :self.visible], self.values[layer][:, :, :self.visible]
+
+    def get_seq_length(self, *_):
+        return 0  # transformers asks in order to make masks and positions, which we pass
+
+    def forward(self, ids, position, columns):
+        """Logits (rows, vocabulary) after the last of the tokens `ids` (rows, new), which stand at `columns` (new,)."""
+        visible = self.columns[:self.visible]
+        seen = self.real[:, None, None, :self.visible] & (visible <= columns[:, None])
+        lowest = torch.finfo(self.model.dtype).min
+        mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=seen.device).masked_fill(~seen, lowest)
+        if self.mixed_layers:
+            window = self.window or len(self.columns)
+            mask = {"full_attention": mask, "sliding_attention": mask.masked_fill(visible <= columns[:, None] - window, lowest)}
+        return self.model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=self, use_cache=True,
+                          logits_to_keep=1).logits[:, -1]
+
+    def step(self):
+        """Draw a token for every row and run the model on it. Nothing waits for the device."""
+        scores = self.logits.float()
+        if self.temperature > 0:  # Gumbel-max: argmax(logits / T + Gumbel noise) is a draw from softmax(logits / T)
+            scores = scores / self.temperature - torch.empty_like(scores).exponential_(generator=self.generator).log()
+        token = scores.argmax(-1, keepdim=True).masked_fill(self.finished, self.pad_id)
+        self.output.index_copy_(1, self.column - self.width, token)
+        self.finished |= (token == self.stop_ids).any(-1, keepdim=True)
+        self.position += 1
+        self.logits.copy_(self.forward(token, self.position, self.column))
+        self.column += 1
+
+    def keep(self, rows: list[int]):
+        """Drop all other rows."""
+        rows = torch.tensor(rows, device=self.real.device)
+        for cache in (self.keys, self.values):
+            for layer in cache:
+                cache[layer] = cache[layer][rows]
+        for name in ("logits", "real", "position", "output", "finished"):
+            setattr(self, name, getattr(self, name)[rows])
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: float = 1.0, max_new_tokens: int = 512,
+           batch_size: int | None = None, seed: int = 0, stop: str | None = None, progress: bool = True) -> list[list[Sample]]:
+    """Draw n completions of every prompt.
+
+    Args:
+        prompts: token ids, as from `encode`; equal prompts are prefilled once. temperature: 0 is greedy. max_new_tokens: at most so many.
+        batch_size: rows decoded together (default: what free memory holds); halved when memory runs out, and what is done stays done.
+        stop: cut a completion off before this text. seed: the same arguments draw the same samples. progress: show a bar.
+    Returns n samples for each prompt, in the order of `prompts`. Raises ModelError if not even one row fits into memory.
+    """
+    model.eval()
+    end = model.generation_config.eos_token_id
+    stop_ids = sorted({*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id} - {None})
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
+    generator = torch.Generator(model.device).manual_seed(seed)
+    # Longest first: neighbours in a batch need little padding, and memory runs out at once or never.
+    queue = [(tuple(prompt), slot) for slot, prompt in enumerate(prompt for prompt in prompts for _ in range(n))]
+    queue.sort(key=lambda entry: (-len(entry[0]), entry))
+    samples, tokens, start = [None] * len(queue), 0, time.time()
+    with tqdm(total=len(queue), desc="sampling", unit=" samples", disable=not progress) as bar:
+        while queue:
+            batch = queue[:batch_size or rows_that_fit(model, len(queue[0][0]) + max_new_tokens)]
+            try:
+                distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in batch))}
+                decoder = Decoder(model, list(distinct), [distinct[prompt] for prompt, _ in batch], temperature, max_new_tokens, stop_ids, pad_id,
+                                  generator)
+                slots, count = [slot for _, slot in batch], 0
+                while slots:
+                    for _ in range(min(16, max_new_tokens - count)):
+                        count += 1
+                        decoder.visible = min(len(decoder.columns), -(-(decoder.width + count) // 64) * 64)  # grows by 64
+                        decoder.step()
+                    finished, outputs = decoder.finished[:, 0].tolist(), decoder.output[:, :count].tolist()  # the one look at the device
+                    if stop:
+                        finished = [over or stop in tokenizer.decode(ids) for over, ids in zip(finished, outputs)]
+                    if count == max_new_tokens:
+                        finished = [True] * len(slots)
+                    if 4 * sum(finished) < len(slots):  # moving the rows costs a copy: not for a few
+                        continue
+                    for slot, ids, over in zip(slots, outputs, finished):
+                        if over:
+                            samples[slot] = finish(tokenizer, ids, stop_ids, stop)
+                            tokens += len(samples[slot].ids)
+                    bar.update(sum(finished))
+                    bar.set_postfix_str(f"{tokens / (time.time() - start):,.0f} tokens/s")
+                    alive = [row for row, over in enumerate(finished) if not over]
+                    slots = [slots[row] for row in alive]
+                    if slots:
+                        decoder.keep(alive)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what the CPU's allocator raises
+                if "memory" not in str(error):
+                    raise
+                if len(batch) == 1:
+                    raise ModelError(f"not enough memory for one row of {len(batch[0][0]) + max_new_tokens} tokens: shorten --max-new-tokens, "
+                                     "or load the model with --quantize nf4") from None
+                batch_size = len(batch) // 2
+                bar.write(f"out of memory with {len(batch)} rows; going on with {batch_size}")
+            decoder = None  # its buffers are free before the next ones are made
+            queue = [entry for entry in queue if samples[entry[1]] is None]
+    return [samples[i:i + n] for i in range(0, len(samples), n)]
+
+
+def finish(tokenizer, ids: list[int], stop_ids: list[int], stop: str | None) -> Sample:
+    """Cut a row of output after its end token, and before the text `stop`."""
+    end = next((i + 1 for i, token in enumerate(ids) if token in stop_ids), len(ids))
+    text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+    if stop and stop in text:
+        text = text[:text.index(stop)]
+        while stop in tokenizer.decode(ids[:end - 1], skip_special_tokens=True):
+            end -= 1
+    return Sample(ids[:end], text)
+
+
+def rows_that_fit(model, columns: int) -> int:
+    """How many rows of `columns` tokens half of the free memory holds: keys and values, and a few copies of a row's logits."""
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    row = 2 * config.num_hidden_layers * heads * head_dim * columns * model.dtype.itemsize + 16 * config.vocab_size
+    if model.device.type == "cuda":
+        return max(1, min(1024, torch.cuda.mem_get_info()[0] // 2 // row))
+    return max(1, min(256, psutil.virtual_memory().available // 2 // row))
+
+
+class LoRA(torch.nn.Module):
+    """A linear layer with a low-rank correction: y = base(x) + alpha / r * B(A(x)). base may be quantized; A is (r, in), B is (out, r)."""
+
+    def __init__(self, base: torch.nn.Module, r: int, alpha: float):
+        super().__init__()
+        self.base, self.scaling = base, alpha / r
+        self.lora_A = torch.nn.Linear(base.in_features, r, bias=False, device=base.weight.device, dtype=torch.float32)
+        self.lora_B = torch.nn.Linear(r, base.out_features, bias=False, device=base.weight.device, dtype=torch.float32)
+        torch.nn.init.zeros_(self.lora_B.weight)  # starts as the base alone
+
+    def forward(self, x):
+        return self.base(x) + (self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))) * self.scaling).to(x.dtype)
+
+
+def add_lora(model, targets: list[str], r: int, alpha: float) -> None:
+    """Wrap every linear layer whose name ends in one of `targets` ("q_proj", ...) and freeze everything but the adapters."""
+    model.requires_grad_(False)
+    for name, module in list(model.named_modules()):
+        if name.split(".")[-1] in targets:
+            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], LoRA(module, r, alpha))
+
+
+def load_model(name: str | Path, quantize: str = "none"):
+    """Load a causal language model and its tokenizer; bfloat16 on CUDA, float32 on the CPU; safetensors only, no remote code.
+
+    Args:
+        name: a folder, a Hub name, a GGUF file (converted once, kept in ~/.cache/spct), or a folder with a LoRA adapter in PEFT's format.
+        quantize: "nf4" (4 bits, double quantization: about 0.55 bytes a weight), "int8", or "none". Embeddings stay as they are.
+    Raises ModelError with what to do: log in for a gated model, pick another quantization, install a package.
+    """
+    name = str(name)
+    adapter = Path(name, "adapter_config.json")
+    if adapter.exists():
+        config = json.loads(adapter.read_text())
+        if config.get("use_rslora") or config.get("use_dora") or not isinstance(config["target_modules"], list):
+            raise ModelError(f"{name}: only plain LoRA with a list of target_modules can be read; merge the adapter into its base with peft")
+        model, tokenizer = load_model(config["base_model_name_or_path"], quantize)
+        add_lora(model, config["target_modules"], config["r"], config["lora_alpha"])
+        from safetensors.torch import load_file
+        weights = load_file(Path(name, "adapter_model.safetensors"))
+        weights = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
+        _, unknown = model.load_state_dict(weights, strict=False)
+        if unknown or not weights:
+            raise ModelError(f"{name}: the adapter does not fit its base model {config['base_model_name_or_path']}: {unknown[:1]}")
+        return model, tokenizer
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    config = {"none": None, "int8": BitsAndBytesConfig(load_in_8bit=True),
+              "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
+    try:
+        if name.endswith(".gguf"):
+            name = convert_gguf(Path(name))
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, quantization_config=config[quantize], use_safetensors=True,
+                                                     trust_remote_code=False, device_map={"": device} if quantize != "none" else None)
+        model = model.to(device) if quantize == "none" else model
+    except (OSError, ValueError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        if "gated" in str(error).lower():
+            raise ModelError(f"{name} is gated: accept its terms on its page of the Hub, then run `hf auth login`") from None
+        raise ModelError(f"cannot load the model {name}: {first}") from None
+    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+        if "memory" not in str(error):
+            raise
+        raise ModelError(f"not enough memory on {device} for {name}: try --quantize nf4 (a quarter of bfloat16) or a smaller model") from None
+    for module in model.modules():  # on some CPUs, sampling would repack 4-bit weights into a form that has no gradient
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+    return model.eval(), tokenizer
+
+
+def mean_and_se(values: list[float], clusters: list) -> tuple[float, float]:
+    """Mean and its standard error; values of one cluster (the same query) may depend on each other. (nan, nan) of nothing."""
+    if not values:
+        return math.nan, math.nan
+    mean, sums = sum(values) / len(values), {}
+    for value, cluster in zip(values, clusters):
+        sums[cluster] = sums.get(cluster, 0.0) + value - mean
+    correction = len(sums) / (len(sums) - 1) if len(sums) > 1 else math.nan
+    return mean, math.sqrt(correction * sum(s * s for s in sums.values())) / len(values)
+
+
+def is_correct(scores: list[float] | None, rewards: list[float]) -> bool:
+    """Eq. 10: S_j > S_i for all i != j = argmax r; for a single response S_1 = r_1. Unreadable scores (None) are not correct."""
+    if scores is None:
+        return False
+    if len(rewards) == 1:
+        return scores[0] == rewards[0]
+    best = rewards.index(max(rewards))
+    return all(scores[best] > score for i, score in enumerate(scores) if i != best)
+
+
+def chance_of_best(scores: list[float] | None, rewards: list[float]) -> float:
+    """Chance that the argmax of scores, ties broken by a fair coin, is the best of n >= 2 responses; unreadable scores tie all."""
+    scores = [0] * len(rewards) if scores is None else scores
+    return float(scores[rewards.index(max(rewards))] == max(scores)) / scores.count(max(scores))
+
+
+def roc_auc(scores: list[float | None], labels: list[bool]) -> tuple[float, float]:
+    """Area under the ROC curve and its standard error (DeLong et al. 1988): the chance that a right response scores above a wrong one,
+    ties and unreadable scores (None) half. (nan, nan) without both kinds."""
+    right, wrong = ([s for s, label in zip(scores, labels) if label == kind] for kind in (True, False))
+    if not right or not wrong:
+        return math.nan, math.nan
+    # wins[a][b]: right response a against wrong response b. Its rows and its columns vary independently: two variances add up.
+    wins = [[0.5 if a is None or b is None or a == b else float(a > b) for b in wrong] for a in right]
+    of_right, of_wrong = [sum(row) / len(wrong) for row in wins], [sum(column) / len(right) for column in zip(*wins)]
+    return sum(of_right) / len(right), math.hypot(mean_and_se(of_right, range(len(right)))[1], mean_and_se(of_wrong, range(len(wrong)))[1])
+
+
+def measure(preferences: list[Preference], scores: list[list[float] | None]) -> dict:
+    """Figures of scores (one list per preference, None if unreadable) against the truth.
+
+    accuracy: mean chance of the best response over items with n >= 2; strict: Eq. 10; ties: the best score is shared; unreadable: of all
+    items; longest: accuracy of choosing the longest response; auc: of n = 1, whose scores need not be 0 and 1 and so have no strict accuracy.
+    Each with a standard error `..._se`, clustered by query but for that of auc.
+    """
+    pairs = list(zip(preferences, scores))
+    many = [(p, s) for p, s in pairs if len(p.responses) > 1]
+    single = [(p, s) for p, s in pairs if len(p.responses) == 1]
+
+    def mean_of(value, of):
+        return mean_and_se([float(value(p, s)) for p, s in of], [str(p.query) for p, _ in of])
+
+    def accuracy_by(key):
+        groups, in_order = {}, lambda group: (len(group[0]) if group[0].isdigit() else 0, group[0])  # 2 before 10
+        for p, s in many:
+            groups.setdefault(str(key(p)), []).append((p, s))
+        rows = {}
+        for name, group in sorted(groups.items(), key=in_order):
+            mean, se = mean_of(lambda p, s: chance_of_best(s, p.rewards), group)
+            rows[name] = {"accuracy": mean, "accuracy_se": se, "n": len(group)}
+        return rows
+
+    figures = {"accuracy": mean_of(lambda p, s: chance_of_best(s, p.rewards), many),
+               "strict": mean_of(lambda p, s: is_correct(s, p.rewards), many),
+               "ties": mean_of(lambda p, s: s is not None and s.count(max(s)) > 1, many),
+               "unreadable": mean_of(lambda p, s: s is None, pairs),
+               "longest": mean_of(lambda p, s: chance_of_best([len(r) for r in p.responses], p.rewards), many),
+               "auc": roc_auc([s and s[0] for _, s in single], [p.rewards[0] > 0 for p, _ in single])}
+    result = {"n": len(pairs), "n_many": len(many), "n_single": len(single)}
+    for name, (mean, se) in figures.items():
+        result |= {name: mean, f"{name}_se": se}
+    return result | {"by_subset": accuracy_by(lambda p: p.subset), "by_n": accuracy_by(lambda p: len(p.responses)),
+                     "by_position": accuracy_by(lambda p: p.rewards.index(max(p.rewards)) + 1)}
+
+
+def report(figures: dict) -> str:
+    """The table that a run prints: every figure in percent with its standard error."""
+    def line(name, mean, se, note):
+        error = "" if math.isnan(se) else f"+- {100 * se:4.1f}"
+        return "" if math.isnan(mean) else f"  {name:<40}{100 * mean:6.1f} {error:<8}{note}\n"
+
+    text = f"\n{figures['n']} items, {figures['n_many']} with two or more responses; percent +- standard error\n"
+    for name, note in (("accuracy", "ties are coin tosses"), ("strict", "Eq. 10: the best response above all others"),
+                       ("ties", "the best score is shared"), ("longest", "baseline: always choose the longest response"),
+                       ("auc", f"ROC-AUC over {figures['n_single']} single responses"), ("unreadable", "outputs without readable scores")):
+        text += line(name, figures[name], figures[f"{name}_se"], note)
+    for key, name in (("by_subset", "accuracy, "), ("by_n", "accuracy, responses: "), ("by_position", "accuracy, best response at ")):
+        for group, row in figures[key].items() if len(figures[key]) > 1 else ():
+            text += line(name + group, row["accuracy"], row["accuracy_se"], f"{row['n']} items")
+    return text
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", default=str(HERE / "tests/tiny/judge"), help="folder, Hub name, GGUF file or LoRA folder")
+    parser.add_argument("--quantize", choices=["none", "int8", "nf4"], default="none", help="hold the weights in 8 or 4 bits")
+    parser.add_argument("--data", default=str(HERE / "tests/tiny/eval.jsonl"), help="preference file, or Hub data set owner/name[:split]")
+    parser.add_argument("--limit", type=int, help="judge only the first so many items")
+    parser.add_argument("--skip-bad", action="store_true", help="count malformed records and go on, instead of stopping at the first")
+    parser.add_argument("--export", metavar="FILE", help="write --data as JSON Lines for the later steps, and stop")
+    parser.add_argument("--query", help="judge your own text instead of --data")
+    parser.add_argument("--response", action="append", default=[], help="a response to --query; repeat it for more")
+    parser.add_argument("--shots", type=int, default=0, help=f"worked examples before the item, 0 to {len(SHOTS)}, for base models")
+    parser.add_argument("--no-principles", action="store_true", help="critique and scores alone (the ablation of Table 4)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token; sampling wants 0.5 to 1")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest judgement, in tokens")
+    parser.add_argument("--batch-size", type=int, help="rows decoded together; by default what memory holds")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--out", default="runs/01_pointwise_grm", help="folder for judgements.jsonl and results.json")
+    args = parser.parse_args()
+    for wrong, message in ((args.limit is not None and args.limit < 1, "--limit must be at least 1"),
+                           (args.batch_size is not None and args.batch_size < 1, "--batch-size must be at least 1"),
+                           (args.max_new_tokens < 1, "--max-new-tokens must be at least 1"),
+                           (not 0 <= args.temperature < math.inf, "--temperature must be a number from 0"),
+                           (not 0 <= args.shots <= len(SHOTS), f"--shots must be between 0 and {len(SHOTS)}"),
+                           (bool(args.query) != bool(args.response), "--query and --response go together")):
+        if wrong:
+            parser.error(message)
+
+    if args.query:  # no truth is known: any rewards do
+        items = [Preference(args.query, args.response, [float(i == 0) for i in range(len(args.response))])]
+    else:
+        items = load_preferences(args.data, args.skip_bad, args.limit)
+    if args.export:
+        export_preferences(items, args.export)
+        return print(f"wrote {len(items)} items to {args.export}")
+    model, tokenizer = load_model(args.model, args.quantize)
+    shots = worked_examples(args.shots, not args.no_principles)
+    prompts = [encode(tokenizer, build_prompt(p.query, p.responses, p.reference, principles=not args.no_principles), shots) for p in items]
+
+    repeated = build_prompt("", [""], principles=not args.no_principles).split("\n")[0] if shots else None  # a base model goes on with a next item
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize) - args.max_new_tokens
+
+    # Judge, a few hundred items at a time: what is judged is on disk, and an interruption loses only the items in flight.
+    out, judged, tokens, start = Path(args.out), [], 0, time.time()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(out / "judgements.jsonl", "w", encoding="utf-8") as file:
+            for first in range(0, len(items), 512):
+                numbers = [i for i in range(first, min(first + 512, len(items))) if len(prompts[i]) <= longest]
+                drawn = dict(zip(numbers, sample(model, tokenizer, [prompts[i] for i in numbers], 1, args.temperature, args.max_new_tokens,
+                                                 args.batch_size, args.seed + first, stop=repeated)))
+                for i in range(first, min(first + 512, len(items))):
+                    [output] = drawn.get(i, [Sample([], "")])
+                    judgement = read_judgement(output.text, len(items[i].responses))
+                    if i not in drawn:
+                        judgement.unreadable = f"the prompt of {len(prompts[i])} tokens is too long: the model takes {longest}"
+                    judged.append((output.text, judgement))
+                    tokens += len(output.ids)
+                    file.write(json.dumps(asdict(items[i]) | {"output": output.text} | asdict(judgement), ensure_ascii=False) + "\n")
+                file.flush()
+    except KeyboardInterrupt:
+        print(f"\ninterrupted: {len(judged)} of {len(items)} items are judged")
+        if not judged:
+            sys.exit(130)
+    seconds = time.time() - start
+
+    shown = next((i for i, (_, judgement) in enumerate(judged) if judgement.scores), 0)  # the first that can be read
+    text = build_prompt(items[shown].query, items[shown].responses, items[shown].reference, principles=not args.no_principles)
+    print(f"{text}\n\n--- the judge writes ---\n\n{judged[shown][0]}\n")
+    if args.query:
+        return print(f"scores: {judged[0][1].scores or 'unreadable, ' + judged[0][1].unreadable}")
+    print(f"rewards of the responses: {', '.join(f'{reward:g}' for reward in items[shown].rewards)}")
+    figures = measure(items[:len(judged)], [judgement.scores for _, judgement in judged])
+    print(report(figures))
+    figures |= {"tokens_per_second": tokens / seconds, "seconds": seconds, "items": len(items)}
+    figures |= {"settings": vars(args), "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+    figures = json.loads(json.dumps(figures), parse_constant=lambda _: None)  # JSON has no NaN
+    (out / "results.json").write_text(json.dumps(figures, indent=1) + "\n")
+    print(f"{tokens:,} tokens in {seconds:.0f} s. Judgements: {out / 'judgements.jsonl'}, figures: {out / 'results.json'}")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------------
+# Below: reading foreign files. It has nothing to do with reward models, and later steps do not carry it.
+# ------------------------------------------------------------------------------------------------------------------------------------------
+
+def convert_gguf(path: Path) -> str:
+    """Dequantize a GGUF file into a Hugging Face folder, once; returns the folder. The minute goes into parsing the vocabulary."""
+    if not path.is_file():
+        raise ModelError(f"there is no file {path}")
+    try:
+        import gguf  # noqa: F401  (transformers needs it and is less clear about it)
+    except ImportError:
+        raise ModelError("reading a GGUF file needs the package gguf: pip install gguf") from None
+    folder = Path(os.environ.get("SPCT_CACHE", "~/.cache/spct")).expanduser() / f"{path.stem}-{path.stat().st_size}-{int(path.stat().st_mtime)}"
+    if not folder.exists():
+        print(f"converting {path.name}, once, into {folder}")
+        aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")  # so that an interrupted conversion is never taken for a whole one
+        # Newer versions of transformers can keep GGUF's own quantization and have to be told not to.
+        plain = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+        for part in (AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16, **plain),
+                     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)):
+            part.save_pretrained(aside)
+        os.replace(aside, folder)
+    return str(folder)
+
+
+# The public layouts of preference data, recognized by their columns.
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant",
+         "system": "system"}
+LAYOUTS = ("query + responses + rewards; [prompt +] chosen + rejected; question + response_A + response_B + label; "
+           "prompt or context + response_1 + response_2 + preference_strength or overall_preference; "
+           "conversation_input + bon_best + loser_list or chosen + reject")
+
+
+def export_preferences(preferences: list[Preference], path: str | Path) -> None:
+    """Write JSON Lines that read back exactly; a field at its default is left out. Raises: OSError."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    aside = f"{path}.tmp"  # so that an interrupted export leaves an older file whole
+    with open(aside, "w", encoding="utf-8", newline="\n") as file:
+        for preference in preferences:
+            record = {field.name: value for field in fields(Preference) if (value := getattr(preference, field.name)) != field.default}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    os.replace(aside, path)
+
+
+def load_preferences(source: str | Path, skip_bad: bool = False, limit: int | None = None) -> list[Preference]:
+    """Load preferences of any of the LAYOUTS.
+
+    Args: source: a .json or .jsonl file, gzipped or not, or a Hub data set as "owner/name" or "owner/name:split"; skip_bad: pass over
+    records that cannot be used and print how many; limit: return at most so many. Returns: the preferences, in the source's order.
+    Raises: DataError that names the file, the line (or record) and the reason; nothing else, whatever a file holds.
+    """
+    preferences, problems, seen = [], [], 0
+    for place, record in read_records(str(source)):
+        if limit is not None and len(preferences) >= limit:
+            break
+        seen += 1
+        try:
+            preferences += to_preferences(parse_json(record) if isinstance(record, bytes) else record)
+        except DataError as error:
+            problems.append(f"{place}: {error}")
+            if not skip_bad:
+                raise DataError(problems[0]) from None
+    if problems:
+        print(f"skipped {len(problems)} of {seen} records of {source}; the first: {problems[0]}")
+    if not preferences:
+        raise DataError(f"{source}: no usable records")
+    return preferences[:limit]
+
+
+def read_records(source: str) -> Iterator[tuple[str, object]]:
+    """Yield (place, record) from a file or the Hub; a record is a line's bytes or an object already parsed. Raises: DataError."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", source) and not source.endswith((".json", ".jsonl", ".gz")) and not os.path.exists(source):
+        yield from ((f"{source}, record {number}", row) for number, row in enumerate(load_hub(source), 1))
+        return
+    try:
+        data = Path(source).read_bytes()
+        if data.startswith(b"\x1f\x8b"):  # gzip, whatever the file's name
+            data = gzip.decompress(data)
+        is_list = data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")  # one JSON list; each line of JSON Lines starts with {
+        records = parse_json(data) if is_list else data.split(b"\n")
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise DataError(f"{source}: {getattr(error, 'strerror', None) or error}") from None
+    for number, record in enumerate(records, 1):
+        if is_list or record.strip():
+            yield f"{source}, record {number}" if is_list else f"{source}:{number}", record
+
+
+def load_hub(source: str) -> Iterable[dict]:
+    """Return the rows of the Hub data set "owner/name[:split]", by default of "train" or else of its first split. Raises: DataError."""
+    name, _, split = source.partition(":")
+    try:
+        from datasets import load_dataset
+        found = load_dataset(name, split=split or None)
+        return found if split else found["train" if "train" in found else next(iter(found))]
+    except Exception as error:  # a network and a stranger's data set fail in more ways than one can list
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{source}: there is no such file, and as a Hub data set it cannot be loaded: {reason}") from None
+
+
+def to_preferences(record: object) -> list[Preference]:
+    """Turn one record, whose columns tell its layout, into preferences: three for RM-Bench, else one. Raises: DataError (no place)."""
+    if not isinstance(record, dict):
+        raise DataError("the record is not an object with columns")
+    record = {column: value for column, value in record.items() if value is not None}  # a Hub row holds None where a column is absent
+    columns = record.keys()
+    query = next((to_turns(record[c]) for c in ("query", "conversation_input", "prompt", "question", "context") if c in columns), None)
+    verdict = next((record[c] for c in ("label", "preference_strength", "overall_preference") if c in columns), None)
+    subset, id = (next((str(record[c]) for c in names if type(record.get(c)) in (str, int)), "") for names in (
+        ("subset", "domain", "category", "category_path", "source"), ("id", "pair_id", "pair_uid", "bon_uid", "prompt_id")))
+
+    if columns >= {"query", "responses", "rewards"}:
+        return [Preference(query, record["responses"], record["rewards"], record.get("subset", subset), record.get("reference"), id)]
+    for first, second in (("response_A", "response_B"), ("response_1", "response_2"), ("response1", "response2")):
+        if columns >= {first, second} and query and verdict is not None:  # JudgeBench; HelpSteer2; HelpSteer3
+            sign = {"A>B": -1, "A=B": 0, "B>A": 1}.get(verdict) if isinstance(verdict, str) else verdict
+            if type(sign) not in (int, float):
+                raise DataError("the label or preference is neither A>B, B>A nor a signed number (below 0: the first response is better)")
+            return [Preference(query, [record[first], record[second]], [float(sign < 0), float(sign > 0)], subset, id=id)]
+    if columns >= {"conversation_input", "bon_best", "loser_list"} or columns >= {"conversation_input", "chosen", "reject"}:  # RMB
+        best, worse = (record["bon_best"], record["loser_list"]) if "bon_best" in columns else (record["chosen"], [record["reject"]])
+        if not isinstance(worse, list) or not worse or not all(isinstance(entry, dict) for entry in [best, *worse]):
+            raise DataError('the best or the worse responses are not of the form {"answer": text}')
+        return [from_best(query, [entry.get("answer") for entry in [best, *worse]], subset, id)]
+    if not columns >= {"chosen", "rejected"}:
+        raise DataError(f"unknown layout with the columns {', '.join(record)[:200]!a}; the known ones are {LAYOUTS}")
+
+    pair = [record["chosen"], record["rejected"]]
+    if all(isinstance(side, str) for side in pair):
+        if query:
+            return [from_best(query, pair, subset, id)]
+        pair = [parse_transcript(side) for side in pair]  # HH
+    if all(isinstance(side, list) and side and all(isinstance(response, str) for response in side) for side in pair):
+        if len(pair[0]) == 1:  # RewardBench 2: one good response, several bad ones
+            return [from_best(query, pair[0] + pair[1], subset, id)]
+        if [len(side) for side in pair] != [3, 3]:
+            raise DataError("chosen and rejected are not three responses each (concise, plain, markdown)")
+        return [from_best(query, [good, bad], f"{subset}/{style}".strip("/"), f"{id}-{style}".strip("-"))
+                for style, good, bad in zip(("concise", "plain", "markdown"), *pair)]  # RM-Bench; like is paired with like
+    chosen, rejected = (to_turns(side) for side in pair)
+    if [chosen[-1]["role"], rejected[-1]["role"]] != ["assistant"] * 2 or chosen[:-1] != rejected[:-1]:
+        raise DataError("chosen and rejected do not share all turns but the last, or the last is not the assistant's")
+    return [from_best(chosen[:-1] or query, [chosen[-1]["content"], rejected[-1]["content"]], subset, id)]
+
+
+def from_best(query: list[dict], responses: list[str], subset: str, id: str) -> Preference:
+    """Make a preference of `responses`, of which the first is the best, in a shuffled order. Raises: DataError."""
+    preference = Preference(query, responses, [1.0] + [0.0] * (len(responses) - 1), subset, id=id)
+    # Were the best always first, its position would give it away; seeded by the content, the order is the same wherever it is read
+    order = list(range(len(responses)))
+    random.Random(zlib.crc32(json.dumps([query, responses]).encode())).shuffle(order)
+    return replace(preference, responses=[responses[i] for i in order], rewards=[float(i == 0) for i in order])
+
+
+def to_turns(messages: object) -> list[dict]:
+    """Bring a text (one turn of the user) or a message list in any dialect to [{"role", "content"}]. Raises: DataError."""
+    turns = []
+    for message in messages if isinstance(messages, list) else [{"role": "user", "content": messages}]:
+        message = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
+        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if not isinstance(role, str) or role.lower() not in ROLES or not isinstance(content, str):
+            raise DataError("a conversation is neither text nor a list of messages {role: user, assistant or system; content: text}")
+        turns.append({"role": ROLES[role.lower()], "content": content})
+    if not turns:
+        raise DataError("a conversation has no turns")
+    return turns
+
+
+def parse_transcript(text: str) -> list[dict]:
+    """Split turns that start with "Human:" or "Assistant:" after an empty line into [{"role", "content"}]. Raises: DataError."""
+    start, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip())
+    if start or not parts:
+        raise DataError("there is no prompt, and chosen or rejected is not a transcript that starts with Human:")
+    return [{"role": ROLES[role.lower()], "content": content.strip()} for role, content in zip(parts[::2], parts[1::2])]
+
+
+def parse_json(text: bytes) -> object:
+    """Return the JSON value in UTF-8 `text`, with or without a byte order mark. Raises: DataError (without a file or line)."""
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer of 5000 digits, brackets 5000 deep
+        raise DataError(f"invalid JSON: {error}") from None
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DataError, ModelError) as error:
+        sys.exit(f"error: {error}")

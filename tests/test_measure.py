@@ -1,0 +1,136 @@
+"""Figures against numbers worked by hand, in the comments."""
+import math
+
+import pytest
+
+from conftest import load_script
+
+grm = load_script("01_pointwise_grm")
+Preference = grm.Preference
+
+
+def approx(*values):
+    return pytest.approx(values, nan_ok=True)
+
+
+def test_mean_and_se():
+    # deviations 1/4, -3/4, 1/4, 1/4; squares sum to 3/4; 4/3 of it is 1; the root over 4 is 1/4
+    assert grm.mean_and_se([1, 0, 1, 1], ["a", "b", "c", "d"]) == approx(0.75, 0.25)
+    # two clusters of equal values count as two: deviations sum to 1 and -1; sqrt(2 * 2) / 4
+    assert grm.mean_and_se([1, 1, 0, 0], ["a", "a", "b", "b"]) == approx(0.5, 0.5)
+    # opposite values in a cluster cancel
+    assert grm.mean_and_se([1, 0, 1, 0], ["a", "a", "b", "b"]) == approx(0.5, 0.0)
+    # clusters of 3 and 1: mean 3/4, sums 3/4 and -3/4; sqrt(2 * 9/8) / 4 = 3/8
+    assert grm.mean_and_se([1, 1, 1, 0], ["a", "a", "a", "b"]) == approx(0.75, 0.375)
+
+
+def test_mean_and_se_of_too_little():
+    assert grm.mean_and_se([], []) == approx(math.nan, math.nan)
+    assert grm.mean_and_se([0.5], ["a"]) == approx(0.5, math.nan)
+    assert grm.mean_and_se([1, 0], ["a", "a"]) == approx(0.5, math.nan)  # one query says nothing of others
+
+
+@pytest.mark.parametrize("scores, rewards, correct", [
+    ([9, 2], [1, 0], True), ([2, 9], [1, 0], False), ([5, 5], [1, 0], False), ([5, 9, 5], [0.1, 0.3, 0.2], True),
+    ([1, 9, 9], [0, 2, 1], False), ([9, 8, 1], [-1, -3, -2], True),  # the order among the others does not matter
+    ([1], [1], True), ([0], [1], False), ([0], [0], True), ([1], [0], False), ([10], [1], False),
+    (None, [1, 0], False), (None, [0], False)])
+def test_is_correct_is_equation_10(scores, rewards, correct):
+    assert grm.is_correct(scores, rewards) is correct
+
+
+@pytest.mark.parametrize("scores, rewards, chance", [
+    ([9, 2], [1, 0], 1), ([2, 9], [1, 0], 0), ([5, 5], [1, 0], 1 / 2), ([7, 7, 7], [0, 0, 1], 1 / 3), ([7, 7, 1], [0, 1, 0], 1 / 2),
+    ([7, 7, 1], [0, 0, 1], 0), ([1, 1, 7], [0, 0, 1], 1), (None, [1, 0], 1 / 2), (None, [0, 0, 0, 1], 1 / 4), ([-3.5, -4], [1, 0], 1)])
+def test_chance_of_best(scores, rewards, chance):
+    assert grm.chance_of_best(scores, rewards) == pytest.approx(chance)
+
+
+def test_roc_auc_and_its_standard_error():
+    # right 9, 7, 4; wrong 5, 4: each right response beats 1, 1 and 1/4 of the wrong ones, so 3/4
+    # each wrong one loses to 2/3 (of 9, 7) and 5/6 (a tie is a half) of the right ones
+    # variances 3/16 over 3 and 1/72 over 2: 1/16 + 1/144 = 10/144
+    scores, labels = [9, 5, 7, 4, 4], [True, False, True, True, False]
+    assert grm.roc_auc(scores, labels) == approx(0.75, math.sqrt(10) / 12)
+    assert grm.roc_auc([-s for s in scores], labels) == approx(0.25, math.sqrt(10) / 12)
+    assert grm.roc_auc([9, 8, 2, 1], [True, True, False, False]) == approx(1.0, 0.0)
+    assert grm.roc_auc([5, 5, 5, 5], [True, True, False, False]) == approx(0.5, 0.0)
+
+
+def test_roc_auc_of_unreadable_and_of_too_little():
+    # right 9 and unreadable, wrong 4 and 5: 1 and 1/2, so 3/4; variances 1/8 over 2, and 0
+    assert grm.roc_auc([9, None, 4, 5], [True, True, False, False]) == approx(0.75, 0.25)
+    assert grm.roc_auc([None] * 4, [True, True, False, False]) == approx(0.5, 0.0)
+    assert grm.roc_auc([0, 1, None], [True, False, False]) == approx(0.25, math.nan)  # a score of 0 is readable
+    for labels in ([True, True], [False, False]):
+        assert grm.roc_auc([1, 2], labels) == approx(math.nan, math.nan)
+    assert grm.roc_auc([], []) == approx(math.nan, math.nan)
+
+
+ITEMS = [(Preference("q1", ["aa", "b"], [1, 0], "s"), [8, 3]), (Preference("q2", ["a", "bb"], [1, 0], "s"), [5, 5]),
+         (Preference("q3", ["a", "b", "cc"], [0, 0, 2], "t"), None), (Preference("q4", ["a", "b"], [0, 1], "t"), [9, 2]),
+         (Preference("q5", ["x"], [1], "s"), [9]), (Preference("q6", ["x"], [0], "s"), [4]), (Preference("q7", ["x"], [0], "t"), None)]
+PREFERENCES, SCORES = [list(column) for column in zip(*ITEMS)]
+
+
+def test_measure():
+    figures = grm.measure(PREFERENCES, SCORES)
+    assert (figures["n"], figures["n_many"], figures["n_single"]) == (7, 4, 3)
+
+    def figure(name):
+        return figures[name], figures[f"{name}_se"]
+
+    # 1, 1/2, 1/3, 0: mean 11/24; deviations 13, 1, -3, -11 of 24; sqrt(4/3 * 300) / 24 / 4 = 5/24
+    assert figure("accuracy") == approx(11 / 24, 5 / 24)
+    assert figure("strict") == figure("ties") == approx(0.25, 0.25)  # one of four; the unreadable one is not a tie
+    # 2 of 7: deviations 5/7 twice, -2/7 five times: 70/49; 7/6 of it is 5/3
+    assert figure("unreadable") == approx(2 / 7, math.sqrt(5 / 3) / 7)
+    # longest 1, 0, 1, 1/2: mean 5/8; deviations 3, -5, 3, -1 of 8; sqrt(4/3 * 44) / 8 / 4
+    assert figure("longest") == approx(0.625, math.sqrt(176 / 3) / 32)
+    assert figure("auc") == approx(0.75, math.nan)  # 9 beats 4 and ties the unreadable one; one right response has no variance
+
+
+def test_measure_by_subset_number_and_position():
+    figures = grm.measure(PREFERENCES, SCORES)
+
+    def rows(name):
+        return {key: (row["accuracy"], row["accuracy_se"], row["n"]) for key, row in figures[name].items()}
+
+    # s: 1 and 1/2, deviations 1/4: sqrt(2 * 2/16) / 2; t: 1/3 and 0
+    assert rows("by_subset") == {"s": approx(0.75, 0.25, 2), "t": approx(1 / 6, 1 / 6, 2)}
+    assert rows("by_n") == {"2": approx(0.5, math.sqrt(1 / 12), 3), "3": approx(1 / 3, math.nan, 1)}
+    assert rows("by_position") == {"1": approx(0.75, 0.25, 2), "2": approx(0, math.nan, 1), "3": approx(1 / 3, math.nan, 1)}
+
+
+def test_measure_of_empty_groups_is_nan():
+    names = ("accuracy", "strict", "ties", "unreadable", "longest", "auc")
+    nothing = grm.measure([], [])
+    assert all(math.isnan(nothing[name]) and math.isnan(nothing[f"{name}_se"]) for name in names)
+    assert nothing["n"] == nothing["n_many"] == nothing["n_single"] == 0
+    assert nothing["by_subset"] == nothing["by_n"] == nothing["by_position"] == {}
+    singles = grm.measure(PREFERENCES[4:], SCORES[4:])
+    assert {name for name in names if math.isnan(singles[name])} == {"accuracy", "strict", "ties", "longest"}
+    many = grm.measure(PREFERENCES[:4], SCORES[:4])
+    assert {name for name in names if math.isnan(many[name])} == {"auc"}
+
+
+@pytest.mark.parametrize("name", ["accuracy", "strict", "ties", "unreadable", "longest"])
+def test_judging_every_query_twice_is_no_more_evidence(name):
+    preferences = PREFERENCES + [Preference("q8", ["y"], [1]), Preference([{"role": "user", "content": "q9"}], ["z"], [1])]
+    scores = SCORES + [[4], [3]]
+    once, twice = grm.measure(preferences, scores), grm.measure(preferences * 2, scores * 2)
+    assert twice[name] == pytest.approx(once[name]) and once[f"{name}_se"] > 0
+    assert twice[f"{name}_se"] == pytest.approx(once[f"{name}_se"])
+
+
+def test_responses_to_one_query_are_one_cluster():
+    # ten wins on one query and none on another: mean 10/11 and sums 10/11, -10/11; sqrt(2 * 200/121) / 11 = 20/121; as eleven: 1/11
+    preferences = [Preference("q1", ["a", "b"], [1, 0])] * 10 + [Preference("q2", ["a", "b"], [1, 0])]
+    figures = grm.measure(preferences, [[2, 1]] * 10 + [[1, 2]])
+    assert (figures["accuracy"], figures["accuracy_se"]) == approx(10 / 11, 20 / 121)
+
+
+def test_report_shows_percent_and_leaves_out_what_is_not_there():
+    text = grm.report(grm.measure(PREFERENCES[:4], SCORES[:4]))
+    line = next(line for line in text.split("\n") if line.split()[:1] == ["accuracy"])
+    assert line.split()[1:4] == ["45.8", "+-", "20.8"] and "ROC-AUC" not in text

@@ -1,0 +1,147 @@
+"""Loading: plain, quantized, LoRA, GGUF, and every refusal in one sentence."""
+import json
+
+import pytest
+import torch
+from conftest import JUDGE, gemma_270m, load_script
+from safetensors.torch import save_file
+
+grm = load_script("01_pointwise_grm")
+PROMPT = torch.tensor([[1, 40, 300, 5, 77, 400]])
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(PROMPT).logits[0].float()
+
+
+def linears(model):
+    return [module for name, module in model.named_modules() if name.endswith("_proj")]
+
+
+def test_the_embedded_judge_is_a_small_gemma_3_in_float32_on_the_cpu():
+    model, tokenizer = grm.load_model(JUDGE)
+    assert type(model).__name__ == "Gemma3ForCausalLM" and model.device.type in ("cpu", "cuda")
+    assert model.dtype == (torch.bfloat16 if model.device.type == "cuda" else torch.float32)
+    assert 1e6 < sum(p.numel() for p in model.parameters()) < 2e6
+    assert 600 <= len(tokenizer) <= 1000 and not model.training
+
+
+@pytest.mark.parametrize("quantize, layer, bits", [("nf4", "Linear4bit", 4), ("int8", "Linear8bitLt", 8)])
+def test_quantized_weights_stay_close_to_the_plain_ones(quantize, layer, bits):
+    plain, (model, _) = logits(grm.load_model(JUDGE)[0]), grm.load_model(JUDGE, quantize)
+    assert {type(module).__name__ for module in linears(model)} == {layer}
+    assert {module.weight.element_size() for module in linears(model)} == {1}
+    error = (logits(model) - plain).norm() / plain.norm()
+    assert 0 < error < (0.5 if bits == 4 else 0.15)  # 4 bits on 128 dimensions are rough
+
+
+def test_sampling_leaves_4_bit_layers_differentiable():
+    model, tokenizer = grm.load_model(JUDGE, "nf4")
+    grm.sample(model, tokenizer, [PROMPT[0].tolist()], max_new_tokens=4, progress=False)
+    embedded = model.get_input_embeddings()(PROMPT).detach().requires_grad_()
+    model(inputs_embeds=embedded).logits.sum().backward()
+    assert embedded.grad.abs().sum() > 0
+
+
+def write_adapter(folder, seed=0, r=4, **changes):
+    """A LoRA adapter for the embedded judge in PEFT's format, with a B that is not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, module in grm.load_model(JUDGE)[0].named_modules():
+        if name.endswith(("q_proj", "down_proj")):
+            for part, shape in (("A", (r, module.in_features)), ("B", (module.out_features, r))):
+                weights[f"base_model.model.{name}.lora_{part}.weight"] = 0.1 * torch.randn(shape, generator=generator)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"],
+              "base_model_name_or_path": str(JUDGE)} | changes
+    folder.mkdir(exist_ok=True)
+    save_file(weights, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return weights
+
+
+def test_a_lora_folder_loads_its_base_underneath(tmp_path):
+    weights = write_adapter(tmp_path)
+    model, tokenizer = grm.load_model(tmp_path)
+    merged, _ = grm.load_model(JUDGE)
+    for name, module in merged.named_modules():
+        if name.endswith(("q_proj", "down_proj")):  # W + alpha / r * B A
+            a, b = (weights[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+            module.weight.data += 8 / 4 * b @ a
+    assert torch.allclose(logits(model), logits(merged), atol=1e-4)
+    assert not torch.allclose(logits(model), logits(grm.load_model(JUDGE)[0]), atol=1e-2)
+
+
+def test_a_lora_folder_loads_in_peft_with_the_same_logits(tmp_path):
+    peft = pytest.importorskip("peft")
+    write_adapter(tmp_path)
+    ours, _ = grm.load_model(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(grm.load_model(JUDGE)[0], tmp_path)
+    assert torch.allclose(logits(ours), logits(theirs.eval()), atol=1e-4)
+
+
+def test_a_fresh_lora_changes_nothing_and_trains_alone():
+    model, _ = grm.load_model(JUDGE)
+    plain = logits(model)
+    grm.add_lora(model, ["q_proj", "v_proj"], r=4, alpha=8)
+    assert torch.equal(logits(model), plain)
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+
+
+@pytest.mark.parametrize("changes, message", [({"use_rslora": True}, "only plain LoRA"), ({"target_modules": "all-linear"}, "only plain LoRA"),
+                                              ({"target_modules": ["v_proj"]}, "does not fit its base")])
+def test_an_adapter_that_cannot_be_read(tmp_path, changes, message):
+    write_adapter(tmp_path, **changes)
+    with pytest.raises(grm.ModelError, match=message):
+        grm.load_model(tmp_path)
+
+
+def test_a_model_that_is_not_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(grm.ModelError, match="cannot load the model .*no-such-model"):
+        grm.load_model("nobody/no-such-model")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(grm.ModelError, match="cannot load the model"):
+        grm.load_model(tmp_path)
+    with pytest.raises(grm.ModelError, match="no file"):
+        grm.load_model(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("error, message", [
+    (OSError("You are trying to access a gated repo.\nMake sure to have access"), "accept its terms .* hf auth login"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 54.00 GiB"), "not enough memory .* --quantize nf4"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "not enough memory .* --quantize nf4"),
+    (ImportError("Using `bitsandbytes` 4-bit quantization requires accelerate"), "cannot load the model .*requires accelerate")])
+def test_refusals_say_what_to_do(monkeypatch, error, message):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(grm.AutoModelForCausalLM, "from_pretrained", refuse)
+    with pytest.raises(grm.ModelError, match=message) as caught:
+        grm.load_model(JUDGE)
+    assert "\n" not in str(caught.value)
+
+
+def test_gguf_without_its_package(monkeypatch, tmp_path):
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(grm.ModelError, match="pip install gguf"):
+        grm.load_model(tmp_path / "model.gguf")
+
+
+@pytest.mark.gemma
+def test_a_broken_gguf_leaves_no_half_conversion(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPCT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF and nothing else")
+    with pytest.raises(grm.ModelError, match="cannot load the model"):
+        grm.load_model(tmp_path / "model.gguf")
+    assert not list((tmp_path / "cache").glob("*")) if (tmp_path / "cache").exists() else True
+
+
+@pytest.mark.gemma
+def test_gemma_3_270m_from_gguf_knows_its_language():
+    model, tokenizer = grm.load_model(gemma_270m())
+    assert model.config.sliding_window == 512 and tokenizer("hi")["input_ids"][0] == tokenizer.bos_token_id
+    prompt = grm.encode(tokenizer, "The capital of France is Paris. The capital of Italy is")
+    [[drawn]] = grm.sample(model, tokenizer, [prompt], temperature=0, max_new_tokens=4, progress=False)
+    assert "Rome" in drawn.text or "capital" in drawn.text

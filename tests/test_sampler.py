@@ -1,0 +1,196 @@
+"""The sampler against transformers' `generate`, token for token, and against the distribution that it should draw from."""
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
+
+from conftest import JUDGE, gemma_270m, load_script
+
+grm = load_script("01_pointwise_grm")
+
+
+class Letters:
+    """A stand-in for a tokenizer: token i is character i + 64; no end token unless given."""
+    pad_token_id = 0
+
+    def __init__(self, eos_token_id=None):
+        self.eos_token_id = eos_token_id
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join(chr(64 + i) for i in ids if not (skip_special_tokens and i == self.eos_token_id))
+
+
+def random_gemma(version, seed=0, eos_token_id=None):
+    """A small random Gemma whose sliding window (8) is shorter than the prompts; its weights are large enough for varied output."""
+    torch.manual_seed(seed)
+    shape = dict(vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                 head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2, eos_token_id=eos_token_id, pad_token_id=0,
+                 bos_token_id=None, initializer_range=0.3)
+    model = Gemma2ForCausalLM(Gemma2Config(**shape)) if version == 2 else Gemma3ForCausalLM(Gemma3TextConfig(**shape))
+    return model.eval()
+
+
+def random_prompts(lengths, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 61, (length,), generator=generator).tolist() for length in lengths]
+
+
+def generate(model, prompts, pad_id, stop_ids, max_new_tokens):
+    """Greedy continuations by `generate`, one unpadded prompt at a time, cut after the end token."""
+    rows = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=model.device)
+        new = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens,
+                             pad_token_id=pad_id)[0, len(prompt):].tolist()
+        end = next((i + 1 for i, token in enumerate(new) if token in stop_ids), len(new))
+        rows.append(new[:end])
+    return rows
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_greedy_equals_generate_past_the_sliding_window(version, batch_size):
+    model, prompts = random_gemma(version), random_prompts([3, 30, 11, 17, 30, 8, 1])
+    expected = generate(model, prompts, 0, [], 40)
+    drawn = grm.sample(model, Letters(), prompts, n=2, temperature=0, max_new_tokens=40, batch_size=batch_size, progress=False)
+    assert [[s.ids for s in samples] for samples in drawn] == [[ids, ids] for ids in expected]
+    assert len({tuple(ids) for ids in expected}) == len(expected)  # the prompts do lead to different texts
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_greedy_equals_generate_when_rows_finish_and_leave(version):
+    prompts = random_prompts(range(2, 30, 2))
+    plain = generate(random_gemma(version), prompts, 0, [], 40)
+    counts = torch.bincount(torch.tensor([token for row in plain for token in set(row)]), minlength=61)
+    eos = int((counts - len(prompts) // 2).abs().argmin())  # as end token one that about half of the rows write
+    model = random_gemma(version, eos_token_id=eos)
+    expected = generate(model, prompts, 0, [eos], 40)
+    assert len(prompts) / 4 < sum(row[-1] == eos for row in expected) < len(prompts) * 3 / 4
+    drawn = grm.sample(model, Letters(eos), prompts, n=2, temperature=0, max_new_tokens=40, progress=False)
+    assert [[s.ids for s in samples] for samples in drawn] == [[ids, ids] for ids in expected]
+
+
+def test_greedy_equals_generate_on_the_embedded_judge():
+    model, tokenizer = grm.load_model(JUDGE)
+    items = grm.load_preferences(JUDGE.parent / "eval.jsonl", limit=12)
+    prompts = [grm.encode(tokenizer, grm.build_prompt(p.query, p.responses)) for p in items]
+    expected = generate(model, prompts, tokenizer.pad_token_id, [tokenizer.eos_token_id], 200)
+    drawn = grm.sample(model, tokenizer, prompts, n=2, temperature=0, max_new_tokens=200, progress=False)
+    assert [[s.ids for s in samples] for samples in drawn] == [[ids, ids] for ids in expected]
+    assert all(s.ids[-1] == tokenizer.eos_token_id and s.text == tokenizer.decode(s.ids[:-1]) for samples in drawn for s in samples)
+
+
+@pytest.mark.gemma
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_greedy_equals_generate_on_gemma_3_270m(quantize):
+    model, tokenizer = grm.load_model(gemma_270m(), quantize)
+    texts = ("The capital of France is", "One, two, three,", "Once upon a time, in a land far away, there")
+    prompts = [grm.encode(tokenizer, text) for text in texts]
+    expected = generate(model, prompts, 0, [tokenizer.eos_token_id], 24)
+    drawn = grm.sample(model, tokenizer, prompts, n=2, temperature=0, max_new_tokens=24, progress=False)
+    assert [[s.ids for s in samples] for samples in drawn] == [[ids, ids] for ids in expected]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_samples_follow_softmax_of_logits_over_temperature(temperature):
+    model, [prompt] = random_gemma(3), random_prompts([7])
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt])).logits[0, -1]
+    expected = torch.softmax(logits / temperature, -1)
+    draws = 20_000
+    [samples] = grm.sample(model, Letters(), [prompt], n=draws, temperature=temperature, max_new_tokens=1, batch_size=5000, progress=False)
+    share = torch.bincount(torch.tensor([s.ids[0] for s in samples]), minlength=61) / draws
+    error = (expected * (1 - expected) / draws).sqrt()
+    assert ((share - expected).abs() <= 4.5 * error + 1e-4).all()
+
+
+def test_the_second_token_is_drawn_given_the_first():
+    model, [prompt] = random_gemma(3), random_prompts([7])
+    draws = 20_000
+    [samples] = grm.sample(model, Letters(), [prompt], n=draws, temperature=1.0, max_new_tokens=2, batch_size=5000, progress=False)
+    first = torch.tensor([s.ids[0] for s in samples]).mode().values.item()
+    second = torch.tensor([s.ids[1] for s in samples if s.ids[0] == first])
+    with torch.no_grad():
+        expected = torch.softmax(model(torch.tensor([prompt + [first]])).logits[0, -1], -1)
+    error = (expected * (1 - expected) / len(second)).sqrt()
+    assert ((torch.bincount(second, minlength=61) / len(second) - expected).abs() <= 4.5 * error + 1e-4).all()
+
+
+def test_same_seed_same_samples_other_seed_others():
+    model, prompts = random_gemma(3), random_prompts([4, 9])
+
+    def draw(seed):
+        return [[s.ids for s in samples] for samples in grm.sample(model, Letters(), prompts, n=3, max_new_tokens=12, seed=seed, progress=False)]
+
+    assert draw(5) == draw(5) != draw(6)
+    assert draw(5)[0][0] != draw(5)[0][1]  # and the samples of one prompt differ
+
+
+def test_equal_prompts_are_prefilled_once(monkeypatch):
+    model, prompts = random_gemma(3), random_prompts([6, 9])
+    rows = []
+    forward = grm.Decoder.forward
+    monkeypatch.setattr(grm.Decoder, "forward", lambda self, ids, *rest: rows.append(tuple(ids.shape)) or forward(self, ids, *rest))
+    drawn = grm.sample(model, Letters(), [prompts[0], prompts[1], prompts[0]], n=4, max_new_tokens=3, progress=False)
+    assert rows[0] == (2, 9) and rows[1:] == [(12, 1)] * 3
+    assert [len(samples) for samples in drawn] == [4, 4, 4]
+
+
+def test_out_of_memory_halves_the_batch_and_loses_nothing(monkeypatch, capsys):
+    model, prompts = random_gemma(3), random_prompts([5, 6, 7, 8, 9, 10, 11, 12])
+    expected = generate(model, prompts, 0, [], 20)
+    sizes = []
+    step = grm.Decoder.step
+
+    def step_in_little_memory(self):
+        sizes.append(len(self.output))
+        if len(self.output) > 3 and self.column.item() > self.width + 4:  # fails in the middle of a batch
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        step(self)
+
+    monkeypatch.setattr(grm.Decoder, "step", step_in_little_memory)
+    drawn = grm.sample(model, Letters(), prompts, temperature=0, max_new_tokens=20, batch_size=8)
+    assert [samples[0].ids for samples in drawn] == expected
+    assert sizes[0] == 8 and set(sizes) == {8, 4, 2}
+    assert "going on with 4" in capsys.readouterr().out
+
+
+def test_not_even_one_row_fits(monkeypatch):
+    def step(self):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(grm.Decoder, "step", step)
+    with pytest.raises(grm.ModelError, match="not enough memory for one row of 25 tokens"):
+        grm.sample(random_gemma(3), Letters(), random_prompts([5]), max_new_tokens=20, progress=False)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
+    def step(self):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(grm.Decoder, "step", step)
+    with pytest.raises(RuntimeError, match="shapes"):
+        grm.sample(random_gemma(3), Letters(), random_prompts([5]), max_new_tokens=20, progress=False)
+
+
+def test_stop_cuts_the_text_before_it_and_the_row_leaves():
+    model, prompts = random_gemma(3), random_prompts([5, 9, 14])
+    free = [s[0] for s in grm.sample(model, Letters(), prompts, temperature=0, max_new_tokens=64, progress=False)]
+    stop = free[0].text[10:12]
+    cut = [s[0] for s in grm.sample(model, Letters(), prompts, temperature=0, max_new_tokens=64, stop=stop, progress=False)]
+    assert cut[0].text == free[0].text[:free[0].text.index(stop)]
+    for before, after in zip(free, cut):
+        assert stop not in after.text and before.text.startswith(after.text)
+        assert before.ids[:len(after.ids)] == after.ids
+
+
+def test_no_prompts_no_samples():
+    assert grm.sample(random_gemma(3), Letters(), [], progress=False) == []
+
+
+def test_rows_that_fit_counts_cache_and_logits(monkeypatch):
+    model = random_gemma(3)
+    # keys and values: 2 * 4 layers * 2 heads * 8 dims * 100 columns * 4 bytes = 51,200; logits: 16 * 61 = 976
+    monkeypatch.setattr(grm.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2 * 52_176 * 10 + 1}))
+    assert grm.rows_that_fit(model, 100) == 10
+    monkeypatch.setattr(grm.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 5}))
+    assert grm.rows_that_fit(model, 100) == 1

@@ -1,0 +1,84 @@
+"""The embedded default: what is committed is what its program makes, and it is as large and as mixed as it says."""
+import json
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import make
+import pytest
+import read_judgements
+import world
+from conftest import JUDGE, load_script
+
+grm = load_script("01_pointwise_grm")
+TINY = JUDGE.parent
+
+
+def lines(name):
+    return [json.loads(line) for line in (TINY / name).read_text(encoding="utf-8").split("\n") if line]
+
+
+def test_the_data_are_the_program_s():
+    banned = set()
+    assert make.draw_items(random.Random("0 eval"), 1500, banned) == lines("eval.jsonl")
+    assert make.draw_items(random.Random("0 train"), 5000, banned) == lines("train.jsonl")
+
+
+def test_the_data_share_no_query_and_hold_every_number_of_responses():
+    train, evaluation = lines("train.jsonl"), lines("eval.jsonl")
+    queries = [item["query"] for item in train + evaluation]
+    assert len(queries) == len(set(queries)) == 6500
+    for items in (train, evaluation):
+        share = {n: count / len(items) for n, count in Counter(len(item["responses"]) for item in items).items()}
+        assert share == {1: pytest.approx(0.1, abs=0.03), 2: pytest.approx(0.7, abs=0.03), 3: pytest.approx(0.1, abs=0.03), 4: pytest.approx(0.1, abs=0.03)}
+    right = [item["rewards"][0] for item in train if len(item["responses"]) == 1]
+    assert 0.4 < sum(right) / len(right) < 0.65
+    assert grm.load_preferences(TINY / "train.jsonl") and grm.load_preferences(TINY / "eval.jsonl")  # no malformed record
+
+
+def test_where_the_best_response_stands_says_nothing():
+    pairs = [item for item in lines("train.jsonl") if len(item["responses"]) == 2]
+    first = sum(item["rewards"][0] > item["rewards"][1] for item in pairs) / len(pairs)
+    assert abs(first - 0.5) < 4 * (0.25 / len(pairs)) ** 0.5
+
+
+def test_files_are_small():
+    assert (JUDGE / "model.safetensors").stat().st_size <= 8e6
+    assert sum((TINY / f"{name}.jsonl").stat().st_size for name in ("train", "eval")) <= 4e6
+
+
+def test_the_tokenizer_is_the_program_s_and_every_word_is_one_token():
+    made, (_, committed) = make.build_tokenizer(0), grm.load_model(JUDGE)
+    assert made.get_vocab() == committed.get_vocab() and 600 <= len(committed) <= 1000
+    for word in world.ITEMS + world.PLACES + ["yes", "no", "must", "should", "could", "weight"]:
+        assert len(committed(f" {word}", add_special_tokens=False)["input_ids"]) == 1
+    text = "Naïve 東京 🏕 \x00 text falls into bytes"  # and comes back whole
+    assert committed.decode(committed(text)["input_ids"], skip_special_tokens=True) == text
+
+
+def test_the_program_runs_from_end_to_end_and_repeats_itself(tmp_path):
+    for name in ("a", "b"):
+        subprocess.run([sys.executable, str(TINY / "make.py"), "--scale", "0.002", "--out", str(tmp_path / name), "--work", str(tmp_path / "work")],
+                       check=True, capture_output=True, timeout=600)
+    assert (tmp_path / "a" / "judge" / "model.safetensors").read_bytes() == (tmp_path / "b" / "judge" / "model.safetensors").read_bytes()
+    assert (tmp_path / "a" / "eval.jsonl").read_bytes() == (TINY / "eval.jsonl").read_bytes()
+    model, tokenizer = grm.load_model(tmp_path / "a" / "judge")
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in grm.load_model(JUDGE)[0].parameters())
+
+
+@pytest.mark.parametrize("stage", ["drill", "read", "prompt", "sloppy"])
+def test_what_the_judge_learns_from_is_true_and_consistent(stage):
+    rng = random.Random(3)
+    for n in (1, 2, 3, 4) * 20:
+        prompt, judgement = make.draw_text(stage, rng, n, set())
+        if stage == "drill":
+            assert prompt == "" and judgement.count(" yes") + judgement.count(" no") == 6 * n
+            continue
+        criteria = world.criteria_of(prompt)
+        named = re.findall(r"\(weight [123]\)", judgement)
+        assert len(named) == 2 if stage == "sloppy" else 1 <= len(named) <= len(criteria)
+        responses = [line for line in prompt.split("\n") if line.startswith(tuple(world.OPENINGS)) and "," in line]
+        found = read_judgements.read({"query": prompt, "responses": responses, "output": judgement, "binary": grm.SCALE_BINARY in prompt})
+        assert set(found["true verdicts"]) == {1.0} and found["consistent scores"] == [1.0]

@@ -1,0 +1,223 @@
+"""Makes the embedded default: tokenizer, judge, train.jsonl and eval.jsonl, all from one seed.
+
+    python tests/tiny/make.py --out tests/tiny            # about an hour on 2 cores
+
+The judge has a Gemma 3 architecture and about 1.2 million parameters. It learns in four stages:
+1. drill   analyses alone, of random lists by random criteria: many verdicts in few tokens
+2. read    whole judgements of requests: criteria (all of them, or any part in any order), verdicts, scores; the conversation alone as prompt
+3. prompt  the same with the whole prompt of 01_pointwise_grm.py
+4. sloppy  two of the criteria, picked at random, with an importance that is sometimes wrong
+What it writes is always consistent and its verdicts are always the truth: that the judge misreads at the end is its own error.
+
+Three choices made a small judge learn to read within the hour:
+- verdict tokens weigh ten times as much as others in the loss: there are few of them and they alone need reading
+- every query projection starts equal to its key projection: a token first of all looks for itself, which is what checking a list needs;
+  with it goes a softer attention than Gemma's scale for 32 dimensions would be sharp (query_pre_attn_scalar 16)
+- Muon for the matrices: the copying circuit forms in half the steps that AdamW takes
+"""
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import random
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import world  # noqa: E402
+
+spec = importlib.util.spec_from_file_location("pointwise_grm", HERE.parents[1] / "01_pointwise_grm.py")
+grm = importlib.util.module_from_spec(spec)
+sys.modules["pointwise_grm"] = grm
+spec.loader.exec_module(grm)
+
+PADDING = 16  # sequences are padded to multiples of this
+NUMBER_WEIGHT = 4.0  # of weights and scores in the loss; other tokens weigh 1
+#         name      steps  learning rate, from and to   weight of a verdict in the loss
+STAGES = [("drill", 900, 1.0, 1.0, 4.0),
+          ("read", 350, 1.0, 0.6, 2.0),
+          ("prompt", 450, 0.6, 0.1, 0.2),
+          ("sloppy", 250, 0.1, 0.1, 0.2)]
+ROWS = 32  # a step
+NUMBERS = (1, 1, 2, 2, 2, 2, 2, 2, 3, 4)  # of responses; the drill has 1 and 2
+
+
+def draw_items(rng: random.Random, count: int, banned: set[str]) -> list[dict]:
+    """`count` items of the world with new queries, which join `banned`: 70% with two responses, 10% each with 1, 3 and 4."""
+    items = []
+    while len(items) < count:
+        item = world.draw_item(rng, rng.choice((1, 2, 2, 2, 2, 2, 2, 2, 3, 4)))
+        if item["query"] not in banned:
+            banned.add(item["query"])
+            items.append(item)
+    return items
+
+
+def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE in which every word of prompts and judgements is one token; anything else falls into pieces and bytes."""
+    rng = random.Random(seed)
+    texts = [" ".join(f"{number} {{{number}, {number}" for number in range(16)), " " + " ".join(world.ITEMS + world.PLACES)]
+    for n in (1, 2, 3, 4) * 500:
+        texts += draw_text("read", rng, n, set())
+    texts += [grm.build_prompt("x", ["y"], reference="z", principles=principles, binary=True) for principles in (True, False)]
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = sorted({piece for text in texts for piece, _ in split.pre_tokenize_str(text)})
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = split, decoders.ByteLevel()
+    bpe.train_from_iterator([bpe.decoder.decode([word]) for word in words], trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=["<pad>", "<bos>", "<eos>"], initial_alphabet=split.alphabet(), show_progress=False))
+    missing = [word for word in words if bpe.token_to_id(word) is None]
+    assert not missing, f"words of more than one token: {missing}"
+    bpe.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bpe.token_to_id("<bos>"))])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left")
+
+
+def build_judge(vocab_size: int, seed: int) -> Gemma3ForCausalLM:
+    torch.manual_seed(seed)
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    judge = Gemma3ForCausalLM(Gemma3TextConfig(
+        vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
+        query_pre_attn_scalar=16, max_position_embeddings=4096, sliding_window=96, rope_parameters={"full_attention": rope, "sliding_attention": rope},
+        layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"], pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        tie_word_embeddings=True))
+    for layer in judge.model.layers:
+        layer.self_attn.q_proj.weight.data.copy_(layer.self_attn.k_proj.weight.data)
+    return judge
+
+
+def draw_text(stage: str, rng: random.Random, n: int, banned: set[str]) -> tuple[str, str]:
+    """A prompt and the judgement to learn for it, of n responses."""
+    if stage == "drill":
+        lists = [rng.sample(world.ITEMS, rng.randint(2, 6)) for _ in range(n)]
+        named = [(drill_criterion(rng, rng.choice(lists), 0.5 if n == 1 else 0.2), 1) for _ in range(6)]
+        text = world.judgement_text(named, lists, False)
+        return "", re.sub(r"; \d+ of \d+\.", ".", text[text.index("Analysis"):text.index("\nScores")])  # no totals: verdicts alone
+    item = world.draw_item(rng, n)
+    while item["query"] in banned:
+        item = world.draw_item(rng, n)
+    criteria = world.criteria_of(item["query"])
+    if stage == "sloppy":
+        named = [(c, c.importance if rng.random() < 0.7 else rng.choice((1, 2, 3))) for c in rng.sample(criteria, 2)]
+    else:
+        picked = criteria if rng.random() < 0.5 else rng.sample(criteria, rng.randint(1, len(criteria)))
+        named = [(c, c.importance) for c in picked]
+    binary = n == 1 and rng.random() < 0.5
+    return (grm.build_prompt(item["query"], item["responses"], binary=binary),
+            world.judgement_text(named, [world.items_of(response) for response in item["responses"]], binary))
+
+
+def drill_criterion(rng: random.Random, items: list[str], elsewhere: float) -> world.Criterion:
+    """A random criterion that a list meets about half of the time, so that it cannot be guessed."""
+    kind = rng.choice(["mention", "mention", "avoid", "avoid", "begin with", "end with", "have at least"])
+    if kind == "have at least":
+        return world.Criterion(kind, str(rng.randint(3, 6)), 1)
+    if rng.random() < elsewhere:
+        return world.Criterion(kind, rng.choice(world.ITEMS), 1)
+    if kind in ("mention", "avoid") or rng.random() < 0.3:
+        return world.Criterion(kind, rng.choice(items), 1)
+    return world.Criterion(kind, items[0] if kind == "begin with" else items[-1], 1)
+
+
+def batches(stage: str, rng: random.Random, tokenizer, banned: set[str], weight_of: torch.Tensor):
+    """Endless (ids, weights), each (rows, length): weights are those of each token in the loss, 0 for prompt and padding."""
+    begins = tokenizer.convert_tokens_to_ids("Ġbegins")
+    while True:
+        texts = [draw_text(stage, rng, rng.choice((1, 2) if stage == "drill" else NUMBERS), banned) for _ in range(ROWS * 8)]
+        prompts = tokenizer([prompt + "\n\n" if prompt else "" for prompt, _ in texts])["input_ids"]
+        judgements = tokenizer([judgement for _, judgement in texts], add_special_tokens=False)["input_ids"]
+        if stage == "read":  # leave out what is the same in every prompt: "[Conversation begins]" comes first
+            prompts = [prompt[:1] + prompt[prompt.index(begins) - 2:] for prompt in prompts]
+        pairs = sorted(zip(prompts, judgements), key=lambda pair: len(pair[0]) + len(pair[1]))
+        groups = [pairs[i:i + ROWS] for i in range(0, len(pairs), ROWS)]  # similar lengths
+        rng.shuffle(groups)
+        for group in groups:
+            length = -(-max(len(p) + len(j) + 1 for p, j in group) // PADDING) * PADDING
+            ids, weights = torch.zeros(len(group), length, dtype=torch.long), torch.zeros(len(group), length)
+            for row, (prompt, judgement) in enumerate(group):
+                judgement = judgement + [tokenizer.eos_token_id]
+                ids[row, :len(prompt) + len(judgement)] = torch.tensor(prompt + judgement)
+                weights[row, len(prompt):len(prompt) + len(judgement)] = weight_of[judgement]
+            yield ids, weights
+
+
+def train(judge, tokenizer, banned: set[str], seed: int, device: str, folder: Path, stages) -> None:
+    """All stages; `folder` keeps the weights after each one. Raises nothing; prints verdict accuracy on fresh texts as it goes."""
+    yes, no = tokenizer.convert_tokens_to_ids(["Ġyes", "Ġno"])
+    weight_of = torch.ones(len(tokenizer))
+    weight_of[[id for id in tokenizer.convert_tokens_to_ids([f"{space}{number}" for space in ("", "Ġ") for number in range(16)])]] = NUMBER_WEIGHT
+    matrices = [p for name, p in judge.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in judge.named_parameters() if p.ndim != 2 or "embed" in name]
+    for stage, steps, start, stop, verdict_weight in stages:
+        weight_of[[yes, no]] = verdict_weight
+        optimizers = [torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+                      torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)]
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for group in groups:
+            group["peak"] = group["lr"]
+        rng, began, tokens, seen = random.Random(f"{seed} {stage}"), time.time(), 0, []
+        for step, (ids, weights) in zip(range(steps), batches(stage, rng, tokenizer, banned, weight_of)):
+            for group in groups:
+                group["lr"] = group["peak"] * (start + (stop - start) * step / steps) * min(1, (step + 1) / 50)
+            ids, weights = ids.to(device), weights.to(device)
+            with torch.autocast(device, dtype=torch.bfloat16):
+                hidden = judge.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+            learn = weights[:, 1:] > 0
+            logits, target, weight = judge.lm_head(hidden[learn].float()), ids[:, 1:][learn], weights[:, 1:][learn]
+            loss_of_token = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+            ((loss_of_token * weight).sum() / weight.sum()).backward()
+            torch.nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            verdict = (target == yes) | (target == no)
+            right = (logits[verdict][:, yes] > logits[verdict][:, no]) == (target[verdict] == yes)
+            tokens += ids.numel()
+            seen.append((right.float().mean().item(), loss_of_token[~verdict].mean().item()))
+            if (step + 1) % 50 == 0 or step + 1 == steps:
+                accuracy, other = (sum(column) / len(column) for column in zip(*seen))
+                print(f"{stage} {step + 1}/{steps}: verdicts right {accuracy:.3f}, loss of other tokens {other:.3f}, "
+                      f"{tokens / (time.time() - began):,.0f} tokens/s, {time.time() - began:,.0f} s", flush=True)
+                seen = []
+        torch.save(judge.state_dict(), folder / f"{stage}.pt")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=HERE, help="where judge/, train.jsonl and eval.jsonl go")
+    parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="where the weights after each stage go")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the steps of every stage (a trial: 0.01)")
+    parser.add_argument("--from-stage", default="drill", choices=[stage[0] for stage in STAGES], help="start from the weights of the stage before")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    banned: set[str] = set()
+    for name, count in (("eval", 1500), ("train", 5000)):
+        with open(args.out / f"{name}.jsonl", "w", encoding="utf-8") as file:
+            for item in draw_items(random.Random(f"{args.seed} {name}"), count, banned):
+                file.write(json.dumps(item) + "\n")
+
+    tokenizer = build_tokenizer(args.seed)
+    judge = build_judge(len(tokenizer), args.seed).to(device)
+    print(f"{len(tokenizer)} tokens, {sum(p.numel() for p in judge.parameters()):,} parameters", flush=True)
+    first = [stage[0] for stage in STAGES].index(args.from_stage)
+    if first:
+        judge.load_state_dict(torch.load(args.work / f"{STAGES[first - 1][0]}.pt"))
+    train(judge, tokenizer, banned, args.seed, device, args.work,
+          [(name, max(1, int(steps * args.scale)), *rest) for name, steps, *rest in STAGES[first:]])
+    judge.to("cpu", torch.float32).save_pretrained(args.out / "judge")
+    tokenizer.save_pretrained(args.out / "judge")
+
+
+if __name__ == "__main__":
+    main()
