@@ -621,7 +621,7 @@ def main():
             sys.exit(130)
     seconds = time.time() - start
 
-    shown = next((i for i, (_, judgement) in enumerate(judged) if judgement.scores), 0)  # the first that can be read
+    shown = next((i for i, (_, judgement) in enumerate(judged) if len(judgement.scores or ()) > 1), 0)  # the first readable one of a comparison
     text = build_prompt(items[shown].query, items[shown].responses, items[shown].reference, principles=not args.no_principles)
     print(f"{text}\n\n--- the judge writes ---\n\n{judged[shown][0]}\n")
     if args.query:
