@@ -606,15 +606,18 @@ def main():
                 numbers = [i for i in range(first, min(first + 512, len(items))) if len(prompts[i]) <= longest]
                 drawn = dict(zip(numbers, sample(model, tokenizer, [prompts[i] for i in numbers], 1, args.temperature, args.max_new_tokens,
                                                  args.batch_size, args.seed + first, stop=repeated)))
+                chunk = []
                 for i in range(first, min(first + 512, len(items))):
                     [output] = drawn.get(i, [Sample([], "")])
                     judgement = read_judgement(output.text, len(items[i].responses))
                     if i not in drawn:
                         judgement.unreadable = f"the prompt of {len(prompts[i])} tokens is too long: the model takes {longest}"
-                    judged.append((output.text, judgement))
+                    chunk.append((output.text, judgement))
                     tokens += len(output.ids)
-                    file.write(json.dumps(asdict(items[i]) | {"output": output.text} | asdict(judgement), ensure_ascii=False) + "\n")
+                file.writelines(json.dumps(asdict(item) | {"output": text} | asdict(judgement), ensure_ascii=False) + "\n"
+                                for item, (text, judgement) in zip(items[first:], chunk))
                 file.flush()
+                judged += chunk
     except KeyboardInterrupt:
         print(f"\ninterrupted: {len(judged)} of {len(items)} items are judged")
         if not judged:

@@ -108,7 +108,7 @@ def test_a_model_that_is_not_there(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("error, message", [
-    (OSError("You are trying to access a gated repo.\nMake sure to have access"), "accept its terms .* hf auth login"),
+    (OSError("You are trying to access a gated repo.\nMake sure to have access"), "accept its terms .*hf auth login"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 54.00 GiB"), "not enough memory .* --quantize nf4"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "not enough memory .* --quantize nf4"),
     (ImportError("Using `bitsandbytes` 4-bit quantization requires accelerate"), "cannot load the model .*requires accelerate")])

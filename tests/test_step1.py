@@ -112,7 +112,8 @@ def test_skip_bad_counts_and_goes_on(tmp_path):
 
 
 def test_an_interruption_keeps_what_is_judged(tmp_path):
-    process = subprocess.Popen([sys.executable, str(ROOT / "01_pointwise_grm.py"), "--temperature", "1"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, str(ROOT / "01_pointwise_grm.py"), "--temperature", "1"], cwd=tmp_path, stdout=subprocess.PIPE,
+                               text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # a background job ignores it
     judgements = tmp_path / "runs" / "01_pointwise_grm" / "judgements.jsonl"
     deadline = time.time() + 300
     while time.time() < deadline and not (judgements.exists() and judgements.stat().st_size):

@@ -105,17 +105,18 @@ JUDGEMENT = judgement_of([(c, c.importance) for c in ALL])
 def test_judgement_text_by_hand():
     # of 9: rope 3, no cup 2 and four items 3 make 8; tent first 1
     assert JUDGEMENT == (
-        "Specific Criteria: mention rope (weight 3); avoid cup (weight 2); begin with tent (weight 1); have at least 4 items (weight 3).\n"
+        "Specific Criteria: must mention rope (weight 3); should avoid cup (weight 2); could begin with tent (weight 1); "
+        "must have at least 4 items (weight 3).\n"
         "Analysis: Response 1 lists rope, tent, lamp, book: mention rope yes; avoid cup yes; begin with tent no; "
-        "have at least 4 items yes. "
-        "Response 2 lists tent, cup: mention rope no; avoid cup no; begin with tent yes; have at least 4 items no.\n"
+        "have at least 4 items yes; 8 of 9. "
+        "Response 2 lists tent, cup: mention rope no; avoid cup no; begin with tent yes; have at least 4 items no; 1 of 9.\n"
         "Scores: \\boxed{9, 2}")
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 @pytest.mark.parametrize("binary", [False, True])
 def test_true_judgements_are_read_as_true(n, binary):
-    rng = random.Random(n)
+    rng, modal = random.Random(n), {3: "must", 2: "should", 1: "could"}
     for _ in range(100):
         item = world.draw_item(rng, n)
         criteria, lists = world.criteria_of(item["query"]), [world.items_of(response) for response in item["responses"]]
@@ -124,7 +125,7 @@ def test_true_judgements_are_read_as_true(n, binary):
         scores = [world.score_of([c.holds(items) for c, _ in named], [w for _, w in named], binary) for items in lists]
         judgement = grm.read_judgement(text, n, binary)
         assert judgement.scores == scores and judgement.unreadable == ""
-        assert judgement.principles == "; ".join(f"{c.text} (weight {w})" for c, w in named) + "."
+        assert judgement.principles == "; ".join(f"{modal[w]} {c.text} (weight {w})" for c, w in named) + "."
         assert judgement.critique.startswith("Response 1 lists ") and f"Response {n} lists " in judgement.critique
         found = read_judgements.read({**item, "output": text, "binary": binary})
         assert found["true verdicts"] == [1.0] * (n * len(named)) and found["right weights"] == [1.0] * len(named)
