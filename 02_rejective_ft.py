@@ -552,13 +552,14 @@ def block(name: str, text: str) -> str:
 
 
 def build_prompt(query: str | list[dict], responses: list[str], reference: str | None = None, hint: str | None = None, binary: bool = False,
-                 principles: bool = True) -> str:
+                 principles: bool = True, form: bool = True) -> str:
     """The judge's prompt for a conversation and its responses, numbered from 1.
 
     Args:
         query: the user's turn, or a conversation of {"role", "content"} messages. responses: n >= 1 texts.
         reference: a reference answer to judge against (E.1.3). hint: a last line that gives the truth away, for hinted sampling (section 3.2).
         binary: scores 0 and 1 instead of 1..10, for single responses in training. principles: False leaves the criteria out (Table 4).
+        form: False leaves out the form of the answer, which a base model would copy; its worked examples show it.
     """
     turns = [{"role": "user", "content": query}] if isinstance(query, str) else query
     parts = [f"{TASK if principles else TASK_WITHOUT_PRINCIPLES}\n{SCALE_BINARY if binary else SCALE}\n{GENERAL_CRITERIA}\n",
@@ -566,9 +567,10 @@ def build_prompt(query: str | list[dict], responses: list[str], reference: str |
     if reference is not None:
         parts.append(block("Reference answer", reference))
     parts += [block(f"Response {number}", response) for number, response in enumerate(responses, 1)]
-    parts.append("Answer in this form:\n" + "Specific Criteria: each criterion and its weight\n" * principles
-                 + "Analysis: each response against each criterion\n"
-                 + "Scores: \\boxed{" + ", ".join(f"s{number}" for number in range(1, len(responses) + 1)) + "}")
+    if form:
+        parts.append("Answer in this form:\n" + "Specific Criteria: each criterion and its weight\n" * principles
+                     + "Analysis: each response against each criterion\n"
+                     + "Scores: \\boxed{" + ", ".join(f"s{number}" for number in range(1, len(responses) + 1)) + "}")
     return "\n".join(parts) + (f"\n({hint})" if hint else "")
 
 
@@ -926,8 +928,12 @@ def convert_gguf(path: Path) -> str:
         aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")  # so that an interrupted conversion is never taken for a whole one
         # Newer versions of transformers can keep GGUF's own quantization and have to be told not to.
         plain = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
-        for part in (AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16, **plain),
-                     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)):
+        try:
+            parts = (AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16, **plain),
+                     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name))
+        except Exception as error:  # a broken file fails in the parser in more ways than one can list
+            raise ModelError(f"{path} cannot be read as a GGUF model: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+        for part in parts:
             part.save_pretrained(aside)
         os.replace(aside, folder)
     return str(folder)

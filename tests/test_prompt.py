@@ -190,7 +190,7 @@ def test_spelled_control_tokens_stay_text(request, chat, text):
 def test_worked_examples_are_prompts_with_judgements_that_can_be_read():
     assert grm.worked_examples(0) == []
     shots = grm.worked_examples(len(grm.SHOTS))
-    assert len(shots) == len(grm.SHOTS) and grm.worked_examples(1) == shots[:1]
+    assert len(shots) == len(grm.SHOTS) and grm.worked_examples(1) == shots[-1:]
     for (prompt, text), (query, responses, *_) in zip(shots, grm.SHOTS):
         assert prompt == grm.build_prompt(query, responses)
         judgement = grm.read_judgement(text, len(responses))
@@ -202,3 +202,9 @@ def test_worked_examples_without_principles_name_none():
     for (prompt, text), (full_prompt, full_text) in zip(grm.worked_examples(3, principles=False), grm.worked_examples(3)):
         assert "specific criteria" not in (prompt + text).lower() and text.startswith("Analysis:") and full_text.endswith(text)
         assert prompt != full_prompt and "specific criteria" in full_prompt.lower()
+
+
+def test_without_the_form_the_responses_come_last():
+    with_form, without = (grm.build_prompt("q", ["a", "b"], form=form) for form in (True, False))
+    assert with_form.startswith(without) and without.endswith("[Response 2 ends]\n")
+    assert "boxed" not in without and all("boxed" not in prompt and "boxed" in judgement for prompt, judgement in grm.worked_examples(3, form=False))
