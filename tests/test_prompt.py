@@ -191,7 +191,7 @@ def test_worked_examples_are_prompts_with_judgements_that_can_be_read():
     assert grm.worked_examples(0) == []
     shots = grm.worked_examples(len(grm.SHOTS))
     assert len(shots) == len(grm.SHOTS) and grm.worked_examples(1) == shots[-1:]
-    for (prompt, text), (query, responses, *_) in zip(shots, grm.SHOTS):
+    for (prompt, text), (query, responses, *_) in zip(shots, reversed(grm.SHOTS)):
         assert prompt == grm.build_prompt(query, responses)
         judgement = grm.read_judgement(text, len(responses))
         assert len(judgement.scores) == len(responses) and judgement.principles and judgement.critique
