@@ -116,8 +116,9 @@ def test_an_interruption_keeps_what_is_judged(tmp_path):
                                text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # a background job ignores it
     judgements = tmp_path / "runs" / "01_pointwise_grm" / "judgements.jsonl"
     deadline = time.time() + 300
-    while time.time() < deadline and not (judgements.exists() and judgements.stat().st_size):
+    while time.time() < deadline and not (judgements.exists() and judgements.read_bytes().count(b"\n") >= 512):
         time.sleep(0.05)
+    time.sleep(0.5)  # the first chunk is written; the second is being sampled
     process.send_signal(signal.SIGINT)
     shown, _ = process.communicate(timeout=120)
     judged = int(re.search(r"interrupted: (\d+) of 1500 items are judged", shown).group(1))
