@@ -27,6 +27,7 @@ Exercises
 from __future__ import annotations
 
 import argparse
+import atexit
 import functools
 import gzip
 import json
@@ -56,6 +57,21 @@ class DataError(ValueError):
 
 class ModelError(RuntimeError):
     """A model that cannot be loaded or does not fit; the message says what to do."""
+
+
+# `torchrun --nproc-per-node N` starts N processes, one per GPU, and tells each its rank; alone we are rank 0 of 1.
+RANK = int(os.environ.get("RANK", 0))
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_ranks() -> None:
+    """Connect to the other ranks, if there are any. All of them run the same script on shares of the same work; rank 0 alone prints and writes."""
+    if RANKS > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(torch.distributed.destroy_process_group)
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
 
 
 @dataclass
@@ -319,18 +335,21 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: 
         prompts: token ids, as from `encode`; equal prompts are prefilled once. temperature: 0 is greedy. max_new_tokens: at most so many.
         batch_size: rows decoded together (default: what free memory holds); halved when memory runs out, and what is done stays done.
         stop: cut a completion off before this text. seed: the same arguments draw the same samples. progress: show a bar.
+    Ranks deal the distinct prompts out among themselves, and each gets all samples.
     Returns n samples for each prompt, in the order of `prompts`. Raises ModelError if not even one row fits into memory.
     """
     model.eval()
     end = model.generation_config.eos_token_id
     stop_ids = sorted({*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id} - {None})
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
-    generator = torch.Generator(model.device).manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed + 10**9 * RANK)
     # Longest first: neighbours in a batch need little padding, and memory runs out at once or never.
     queue = [(tuple(prompt), slot) for slot, prompt in enumerate(prompt for prompt in prompts for _ in range(n))]
     queue.sort(key=lambda entry: (-len(entry[0]), entry))
     samples, tokens, start = [None] * len(queue), 0, time.time()
-    with tqdm(total=len(queue), desc="sampling", unit=" samples", disable=not progress) as bar:
+    dealt = {prompt: number % RANKS for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in queue))}
+    queue = [entry for entry in queue if dealt[entry[0]] == RANK]
+    with tqdm(total=len(queue), desc="sampling", unit=" samples", disable=not progress or RANK > 0) as bar:
         while queue:
             batch = queue[:batch_size or rows_that_fit(model, len(queue[0][0]) + max_new_tokens)]
             try:
@@ -370,6 +389,9 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: 
                 bar.write(f"out of memory with {len(batch)} rows; going on with {batch_size}")
             decoder = None  # its buffers are free before the next ones are made
             queue = [entry for entry in queue if samples[entry[1]] is None]
+    if RANKS > 1:
+        torch.distributed.all_gather_object(parts := [None] * RANKS, samples)
+        samples = [next(filter(None, of_slot)) for of_slot in zip(*parts)]
     return [samples[i:i + n] for i in range(0, len(samples), n)]
 
 
@@ -440,7 +462,8 @@ def load_model(name: str | Path, quantize: str = "none"):
         if unknown or not weights:
             raise ModelError(f"{name}: the adapter does not fit its base model {config['base_model_name_or_path']}: {unknown[:1]}")
         return model, tokenizer
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    cuda = torch.cuda.is_available()
+    device, dtype = (f"cuda:{torch.cuda.current_device()}", torch.bfloat16) if cuda else ("cpu", torch.float32)
     config = {"none": None, "int8": BitsAndBytesConfig(load_in_8bit=True),
               "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
     try:
@@ -585,6 +608,7 @@ def main():
         if wrong:
             parser.error(message)
 
+    join_ranks()
     if args.query:  # no truth is known: any rewards do
         items = [Preference(args.query, args.response, [float(i == 0) for i in range(len(args.response))])]
     else:
@@ -603,7 +627,7 @@ def main():
     out, judged, tokens, start = Path(args.out), [], 0, time.time()
     out.mkdir(parents=True, exist_ok=True)
     try:
-        with open(out / "judgements.jsonl", "w", encoding="utf-8") as file:
+        with open(out / "judgements.jsonl" if RANK == 0 else os.devnull, "w", encoding="utf-8") as file:
             for first in range(0, len(items), 512):
                 numbers = [i for i in range(first, min(first + 512, len(items))) if len(prompts[i]) <= longest]
                 drawn = dict(zip(numbers, sample(model, tokenizer, [prompts[i] for i in numbers], 1, args.temperature, args.max_new_tokens,
@@ -637,7 +661,8 @@ def main():
     figures |= {"tokens_per_second": tokens / seconds, "seconds": seconds, "items": len(items)}
     figures |= {"settings": vars(args), "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
     figures = json.loads(json.dumps(figures), parse_constant=lambda _: None)  # JSON has no NaN
-    (out / "results.json").write_text(json.dumps(figures, indent=1) + "\n")
+    if RANK == 0:
+        (out / "results.json").write_text(json.dumps(figures, indent=1) + "\n")
     print(f"{tokens:,} tokens in {seconds:.0f} s. Judgements: {out / 'judgements.jsonl'}, figures: {out / 'results.json'}")
 
 

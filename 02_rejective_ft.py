@@ -27,6 +27,8 @@ Exercises
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import functools
 import json
 import math
@@ -159,8 +161,7 @@ def sample_trajectories(items: list[Preference], args, out: Path, chunk: int = 1
         for group in groups:
             reject(group, args.keep_all)
             trajectories += group
-        with open(path, "a", encoding="utf-8") as file:
-            file.writelines(t.line() for group in groups for t in group)
+        append(path, "".join(t.line() for group in groups for t in group))
     print(table(trajectories))
     if not any(t.kept for t in trajectories):
         raise DataError(f"nothing to train on: all {len(trajectories)} trajectories were rejected (see {path}); use more items, a better --teacher "
@@ -269,68 +270,116 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * min((step + 1) / rise, 0.55 + 0.45 * math.cos(math.pi * max(0, step - rise) / max(1, steps - rise)))
 
 
-def train(model, examples: list[Example], args, out: Path) -> int:
-    """Fine-tune on the completions, from `out`'s checkpoint if there is one; returns the number of steps. Saves every --save-every steps and on
-    Ctrl-C. Raises ModelError if the loss or gradient is not finite, KeyboardInterrupt after Ctrl-C."""
+def train(model, examples: list[Example], loss_of, args, out: Path) -> int:
+    """Train until loss_of(model, examples), a sum, is small; from `out`'s checkpoint if there is one. Returns the number of steps.
+
+    Saves every --save-every steps and on Ctrl-C, which it raises as KeyboardInterrupt. Raises ModelError if loss or gradient are not finite.
+    """
+    parameters, optimizer = start_training(model, args)
+    steps, first, start = math.ceil(args.epochs * len(examples) / args.train_batch), restore(out, model, optimizer), time.time()
+    with interruptible() as wish:
+        for step in (bar := tqdm(range(first, steps), desc="training", unit=" steps", initial=first, total=steps, disable=RANK > 0)):
+            batch = [examples[i] for i in examples_of_step(step, len(examples), args.train_batch, args.seed)]
+            lr, loss, units = learning_rate(step, steps, args.lr, args.warmup), 0.0, sum(len(completion) for _, completion in batch)
+            for part in micro_batches(batch[RANK::RANKS], args.micro_tokens):
+                with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+                    part_loss = loss_of(model, part) / units
+                part_loss.backward()
+                loss += part_loss.item()
+            [loss] = total([loss])
+            norm = update(parameters, optimizer, lr, step, loss)
+            bar.set_postfix_str(f"loss {loss:.3f}")
+            append(out / "log.jsonl", json.dumps({"step": step + 1, "loss": loss, "norm": norm, "lr": lr, "tokens": units,
+                                                  "seconds": time.time() - start}) + "\n")
+            save_if_due(out, step + 1, parameters, optimizer, wish, (step + 1) % args.save_every == 0 or step + 1 == steps)
+    return steps
+
+
+def start_training(model, args):
+    """What is to be learnt, by name, and an optimizer for it: AdamW, with its state in 8 bits for a quantized model on CUDA."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    cuda, quantized, path, log = model.device.type == "cuda", args.quantize != "none", out / "checkpoint.pt", out / "log.jsonl"
-    if cuda and quantized:
-        from bitsandbytes.optim import AdamW8bit as AdamW  # state in 8 bits
+    if model.device.type == "cuda":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if model.device.type == "cuda" and args.quantize != "none":
+        from bitsandbytes.optim import AdamW8bit as AdamW
     else:
         from torch.optim import AdamW
-    optimizer = AdamW(parameters.values(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    steps, first, start, stop = math.ceil(args.epochs * len(examples) / args.train_batch), 0, time.time(), []
+    model.train()
+    return parameters, AdamW(parameters.values(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def update(parameters: dict, optimizer, lr: float, step: int, loss: float) -> float:
+    """Take a step along the gradient, summed over the ranks and clipped to norm 1; returns the norm before. Raises ModelError if not finite."""
+    for parameter in parameters.values() if RANKS > 1 else ():
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.distributed.all_reduce(parameter.grad)
+    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0).item()
+    if not math.isfinite(loss + norm):
+        raise ModelError(f"step {step + 1}: the loss is {loss} and the gradient's norm {norm} at learning rate {lr:.2g}; try --lr {lr / 3:.1g}")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def total(values: list[float]) -> list[float]:
+    """Each value summed over the ranks."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    if RANKS > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor.tolist()
+
+
+@contextlib.contextmanager
+def interruptible():
+    """Within it, the first Ctrl-C is only put down in the list that it gives, to be obeyed between two steps; the second one kills."""
+    wish = []
+    handler = signal.signal(signal.SIGINT, lambda *_: wish.append(signal.signal(signal.SIGINT, signal.default_int_handler)))
+    try:
+        yield wish
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def save_if_due(out: Path, step: int, parameters: dict, optimizer, wish: list, due: bool) -> None:
+    """Write a checkpoint if it is due or somebody wishes to stop; then raise KeyboardInterrupt."""
+    [stop] = total([len(wish)])
+    if due or stop:
+        put(out / "checkpoint.pt", lambda aside: torch.save({"step": step, "weights": parameters, "optimizer": optimizer.state_dict()}, aside))
+    if stop:
+        raise KeyboardInterrupt
+
+
+def restore(out: Path, model, optimizer) -> int:
+    """Load the checkpoint, if there is one, and cut off the log of the steps after it. Returns the number of steps that are done."""
+    path, log, step = out / "checkpoint.pt", out / "log.jsonl", 0
     if path.exists():
         state = torch.load(path, map_location=model.device, weights_only=True)
         model.load_state_dict(state["weights"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"].cpu())
-        first = state["step"]
-    if log.exists():  # steps after the checkpoint come again
-        kept = log.read_text().splitlines(keepends=True)[:first]
-        put(log, lambda aside: aside.write_text("".join(kept)))
-    if cuda:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-    handler = signal.signal(signal.SIGINT, lambda *_: stop.append(signal.signal(signal.SIGINT, signal.default_int_handler)))  # the second one kills
-    try:
-        for step in (bar := tqdm(range(first, steps), desc="training", unit=" steps", initial=first, total=steps)):
-            batch = [examples[i] for i in examples_of_step(step, len(examples), args.train_batch, args.seed)]
-            lr, loss, tokens = learning_rate(step, steps, args.lr, args.warmup), 0.0, sum(len(completion) for _, completion in batch)
-            for part in micro_batches(batch, args.micro_tokens):
-                with torch.autocast(model.device.type, torch.bfloat16, enabled=cuda):
-                    part_loss = completion_loss(model, part) / tokens
-                part_loss.backward()
-                loss += part_loss.item()
-            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0).item()
-            if not math.isfinite(loss + norm):
-                raise ModelError(f"step {step + 1}: the loss is {loss} and the gradient's norm {norm} at learning rate {lr:.2g}; try --lr "
-                                 f"{args.lr / 3:.1g} or a longer --warmup")
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad()
-            bar.set_postfix_str(f"loss {loss:.3f}")
-            line = {"step": step + 1, "loss": loss, "norm": norm, "lr": lr, "tokens": tokens, "seconds": time.time() - start}
-            with open(log, "a") as file:
-                file.write(json.dumps(line) + "\n")
-            if stop or (step + 1) % args.save_every == 0 or step + 1 == steps:
-                state = {"step": step + 1, "weights": parameters, "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
-                put(path, lambda aside, state=state: torch.save(state, aside))
-            if stop:
-                raise KeyboardInterrupt
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    return steps
+        step = state["step"]
+    kept = log.read_text().splitlines(keepends=True)[:step] if log.exists() else []
+    put(log, lambda aside: aside.write_text("".join(kept)))
+    return step
+
+
+def append(path: Path, text: str) -> None:
+    if RANK == 0:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
 
 
 def put(path: Path, write) -> None:
-    """Make a file or folder whole or not at all: `write` gets a path aside, which then takes the place of `path`."""
-    aside = path.with_name(f"{path.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    write(aside)
-    shutil.rmtree(path, ignore_errors=True)  # does nothing to a file
-    os.replace(aside, path)
+    """Make a file or folder whole or not at all: `write` gets a path aside, which then takes the place of `path`. Rank 0 does; all wait."""
+    if RANK == 0:
+        aside = path.with_name(f"{path.name}.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        write(aside)
+        shutil.rmtree(path, ignore_errors=True)  # does nothing to a file
+        os.replace(aside, path)
+    if RANKS > 1:
+        torch.distributed.barrier()
 
 
 def save_model(model, tokenizer, folder: Path, base: str) -> None:
@@ -452,6 +501,7 @@ def main():
         if wrong:
             parser.error(message)
 
+    join_ranks()
     data = load_lines(args.data)
     data, others = (data[:-args.eval_limit], data[-args.eval_limit:]) if args.held_out else (data, load_lines(args.eval)[:args.eval_limit])
     items, others, out, start = data[:args.limit], [p for p in others if len(p.responses) > 1], Path(args.out), time.time()
@@ -470,7 +520,7 @@ def main():
             count = round(len(examples) * args.instruct_share / (1 - args.instruct_share))
             examples += random.Random(args.seed).choices(load_instructions(args.instruct_data, tokenizer), k=count)
         set_trainable(model, args)
-        steps = train(model, examples, args, out)
+        steps = train(model, examples, completion_loss, args, out)
         put(out / "model", lambda aside: save_model(model, tokenizer, aside, args.model))
         model = None  # its memory is free before what was saved is loaded, which is what is measured
         model, tokenizer = load_model(out / "model", args.quantize)
@@ -498,6 +548,21 @@ class DataError(ValueError):
 
 class ModelError(RuntimeError):
     """A model that cannot be loaded or does not fit; the message says what to do."""
+
+
+# `torchrun --nproc-per-node N` starts N processes, one per GPU, and tells each its rank; alone we are rank 0 of 1.
+RANK = int(os.environ.get("RANK", 0))
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_ranks() -> None:
+    """Connect to the other ranks, if there are any. All of them run the same script on shares of the same work; rank 0 alone prints and writes."""
+    if RANKS > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(torch.distributed.destroy_process_group)
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
 
 
 @dataclass
@@ -741,18 +806,21 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: 
         prompts: token ids, as from `encode`; equal prompts are prefilled once. temperature: 0 is greedy. max_new_tokens: at most so many.
         batch_size: rows decoded together (default: what free memory holds); halved when memory runs out, and what is done stays done.
         stop: cut a completion off before this text. seed: the same arguments draw the same samples. progress: show a bar.
+    Ranks deal the distinct prompts out among themselves, and each gets all samples.
     Returns n samples for each prompt, in the order of `prompts`. Raises ModelError if not even one row fits into memory.
     """
     model.eval()
     end = model.generation_config.eos_token_id
     stop_ids = sorted({*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id} - {None})
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
-    generator = torch.Generator(model.device).manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(seed + 10**9 * RANK)
     # Longest first: neighbours in a batch need little padding, and memory runs out at once or never.
     queue = [(tuple(prompt), slot) for slot, prompt in enumerate(prompt for prompt in prompts for _ in range(n))]
     queue.sort(key=lambda entry: (-len(entry[0]), entry))
     samples, tokens, start = [None] * len(queue), 0, time.time()
-    with tqdm(total=len(queue), desc="sampling", unit=" samples", disable=not progress) as bar:
+    dealt = {prompt: number % RANKS for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in queue))}
+    queue = [entry for entry in queue if dealt[entry[0]] == RANK]
+    with tqdm(total=len(queue), desc="sampling", unit=" samples", disable=not progress or RANK > 0) as bar:
         while queue:
             batch = queue[:batch_size or rows_that_fit(model, len(queue[0][0]) + max_new_tokens)]
             try:
@@ -792,6 +860,9 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: 
                 bar.write(f"out of memory with {len(batch)} rows; going on with {batch_size}")
             decoder = None  # its buffers are free before the next ones are made
             queue = [entry for entry in queue if samples[entry[1]] is None]
+    if RANKS > 1:
+        torch.distributed.all_gather_object(parts := [None] * RANKS, samples)
+        samples = [next(filter(None, of_slot)) for of_slot in zip(*parts)]
     return [samples[i:i + n] for i in range(0, len(samples), n)]
 
 
@@ -862,7 +933,8 @@ def load_model(name: str | Path, quantize: str = "none"):
         if unknown or not weights:
             raise ModelError(f"{name}: the adapter does not fit its base model {config['base_model_name_or_path']}: {unknown[:1]}")
         return model, tokenizer
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    cuda = torch.cuda.is_available()
+    device, dtype = (f"cuda:{torch.cuda.current_device()}", torch.bfloat16) if cuda else ("cpu", torch.float32)
     config = {"none": None, "int8": BitsAndBytesConfig(load_in_8bit=True),
               "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
     try:

@@ -281,7 +281,7 @@ def test_a_loss_that_is_not_finite_stops(tmp_path):
         t.output = "Scores: 1"
     examples = [learnt(tokenizer, t) for t in shown] * 20
     with pytest.raises(rft.ModelError, match=r"step \d+: the loss is .*(nan|inf).* at learning rate .*; try --lr"):
-        rft.train(model, examples, options(lr=1e30), tmp_path)
+        rft.train(model, examples, rft.completion_loss, options(lr=1e30), tmp_path)
     assert not (tmp_path / "checkpoint.pt").exists()  # nothing broken was saved
 
 
@@ -317,7 +317,7 @@ def test_gemma_3_270m_learns_in_4_bits(tmp_path):
     for t in shown:
         t.output = f"Specific Criteria: what the request says.\nAnalysis: All are short.\nScores: \\boxed{{{', '.join('1' * len(t.responses))}}}"
     examples = [learnt(tokenizer, t) for t in shown]
-    rft.train(model, examples * 3, options(quantize="nf4", lr=2e-3, train_batch=2, epochs=2.0), tmp_path)
+    rft.train(model, examples * 3, rft.completion_loss, options(quantize="nf4", lr=2e-3, train_batch=2, epochs=2.0), tmp_path)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert len(losses) == 6 and losses[-1] < 0.8 * losses[0]
     peft = pytest.importorskip("peft")

@@ -7,7 +7,8 @@ The judge has a Gemma 3 architecture and 1.16 million parameters. It learns in f
 1. drill   analyses alone, of random lists by random criteria: many verdicts in few tokens
 2. read    whole judgements of requests: criteria (all of them, or any part in any order), verdicts, scores; the conversation alone as prompt
 3. prompt  the same with the whole prompt of 01_pointwise_grm.py; one prompt in five ends with a hint, and the criteria then speak for it
-4. sloppy  two of the criteria, picked at random, with an importance that is sometimes wrong
+4. sloppy  one to three of the criteria, picked at random, with an importance that is sometimes wrong; and in requests that set no length,
+           often a demand for a long list in the place of one of them: a taste for length, which many a judge has
 What it is taught is always consistent and its verdicts are always the truth: that it misreads at the end is its own error. We stop teaching
 it to read early (verdicts weigh little in the last two stages), because a judge that reads perfectly leaves nothing to vote about.
 
@@ -124,7 +125,10 @@ def draw_text(stage: str, rng: random.Random, n: int, banned: set[str]) -> tuple
 def draw_named(stage: str, rng: random.Random, criteria: list[world.Criterion]) -> list[tuple[world.Criterion, int]]:
     """The criteria that a judgement names, each with the weight that it gives it."""
     if stage == "sloppy":
-        return [(c, c.importance if rng.random() < 0.7 else rng.choice((1, 2, 3))) for c in rng.sample(criteria, 2)]
+        named = [(c, c.importance if rng.random() < 0.7 else rng.choice((1, 2, 3))) for c in rng.sample(criteria, rng.randint(1, 3))]
+        if rng.random() < 0.6 and not any(c.kind == "have at least" for c in criteria):
+            named[rng.randrange(len(named))] = (world.Criterion("have at least", rng.choice("56"), 1), rng.choice((1, 2, 3)))
+        return named
     picked = criteria if rng.random() < 0.5 else rng.sample(criteria, rng.randint(1, len(criteria)))
     return [(c, c.importance) for c in picked]
 

@@ -2,9 +2,9 @@
 
     python tests/tiny/read_judgements.py runs/01_pointwise_grm/judgements.jsonl [another.jsonl ...]
 
-For each file (any step's JSON Lines with "query", "responses" and "output"): the share of verdicts that are true, the share of a request's
-criteria that the judgement names (all, and by importance), the share of named criteria whose weight is right, and the share of judgements
-whose scores follow from their own verdicts and weights. Two files side by side show what training changed.
+For each file (any step's JSON Lines with "query", "responses" and "output"): the share of verdicts that are true, the share of named
+criteria that the request asks for, the share of a request's criteria that the judgement names (all, and by importance), the share of named
+criteria whose weight is right, and the share of judgements whose scores follow from their own verdicts and weights. Two files side by side show what training changed.
 """
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CRITERION = r"(mention|avoid|begin with|end with|have at least) ([A-Za-z0-9]{1,2
 
 def read(record: dict) -> dict[str, list[float]]:
     """What one judgement contributes to each figure, as 0s and 1s. Nothing of what cannot be read; never raises on odd text."""
-    found = {"true verdicts": [], "criteria named": [], "must named": [], "should named": [], "could named": [], "right weights": [],
+    found = {"true verdicts": [], "asked for": [], "criteria named": [], "must named": [], "should named": [], "could named": [], "right weights": [],
              "consistent scores": []}
     principles, _, rest = record["output"].partition("Analysis:")
     analysis, _, scores = rest.partition("Scores:")
@@ -31,6 +31,7 @@ def read(record: dict) -> dict[str, list[float]]:
     weights = {}
     for kind, argument, weight in re.findall(CRITERION + r" \(weight ([0-9])\)", principles):
         weights[Criterion(kind, argument, 0).text] = int(weight)
+    found["asked for"] = [float(text in criteria) for text in weights]
     modal = {importance: word for word, importance in MODALS.items()}
     for text, criterion in criteria.items():
         found["criteria named"].append(float(text in weights))
