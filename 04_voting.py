@@ -1,0 +1,982 @@
+"""Step 4: inference-time scaling by voting: ask the same judge k times and add up its scores. Nothing is trained; more compute, better rewards.
+
+A judgement rests on the principles that it happened to write, and its scores have ten steps: they often tie. Another sample looks at other
+things and errs elsewhere. So (SPCT, arXiv 2504.02495, section 4) sample k judgements at temperature 0.5, each with the responses in an order of
+its own, because a judge may favour a position; put the scores back into the item's order, and sum:
+
+    S*_i = S_i1 + S_i2 + ... + S_ik                for response i, over the k samples                                          (Eq. 14)
+
+What the samples share adds up, what they get wrong in different ways cancels, and sums take 9k + 1 values instead of 10: ties vanish. Judges
+of other kinds vote by the mean (Eq. 12), which chooses as the sum does, or by the majority of choices (Eq. 13), which forgets how sure each was.
+
+    python 04_voting.py                                                                    the latest embedded judge, 2 CPU cores, minutes
+    python 04_voting.py --model google/gemma-3-4b-it --data eval.jsonl --limit 1000                           a small Gemma on one GPU
+    python 04_voting.py --model google/gemma-2-27b-it --quantize nf4 --data eval.jsonl --limit 500 --k 8         27 billion parameters on one GPU
+    python 04_voting.py --model tests/tiny/judge --model runs/03_grpo/model --html         compare judges; write a page that shows the votes
+
+Reads preferences as JSON Lines (01_pointwise_grm.py --export makes them). Writes runs/04_voting/: samples-*.jsonl and greedy-*.jsonl (every
+judgement; a run with the same settings takes them over, and step 5 reads them), results.json, voting.png, on demand votes.html. A run prints
+accuracy by k with 95% intervals: the sum, its gain over one sample, majority and mean beside it, ties, the size of the reward space. The figure
+for k is the mean over many random subsets of k of the samples. Unreadable samples add nothing; if none can be read, all responses tie.
+
+Exercises
+1. --temperature 0 leaves only the shuffling to tell samples apart. How much of the gain is left? Which temperature gives the most?
+2. Where the majority is behind the sum, it is for what it forgets. In the page of --html, find an item that only the sum gets right.
+3. Compare --model tests/tiny/judge with a trained judge at equal accuracy: how many samples is the training worth? And at equal compute?
+"""
+from __future__ import annotations
+
+import argparse
+import atexit
+import functools
+import html
+import json
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import matplotlib
+import psutil
+import torch
+import transformers
+from matplotlib.figure import Figure
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+HERE = Path(__file__).resolve().parent
+
+
+def fingerprint(model: str) -> list:
+    """What tells a model's weights from others without reading them: the names, sizes and times of its files; a Hub name stands for itself."""
+    path = Path(model)
+    if not path.exists():
+        return [model]
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    adapter = path / "adapter_config.json"
+    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else None
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files] + (fingerprint(base) if base else [])
+
+
+def read_trajectories(path: str | Path) -> list[Trajectory]:
+    """Read a file of trajectories, but not a last line that was cut off in writing. Raises DataError that starts with "path:line:"."""
+    trajectories = []
+    for number, line in enumerate(read_lines(path)[:-1], 1):
+        try:
+            trajectories.append(Trajectory(**parse_json(line)))
+        except (TypeError, DataError):
+            raise DataError(f"{path}:{number}: not a sampled judgement; delete the file, and it will be sampled again") from None
+    return trajectories
+
+
+def ask(kind: str, name: str, load: Callable, items: list[Preference], args, out: Path) -> tuple[list[Trajectory], dict]:
+    """Judgements of every item, item after item, by the model `name`, which `load()` loads if something is left to sample.
+
+    kind: "samples" are args.k of each item at args.temperature, every one with its own order of responses; "greedy" is one, in the item's order.
+    They are kept in out/kind-DIGITS.jsonl, the digits following from all that decides them. The file grows by whole chunks of items, and what is
+    in it already is taken over. Returns the trajectories and facts: parameters of the model, tokens of a judgement. Raises DataError, ModelError.
+    """
+    k, temperature = (args.k, args.temperature) if kind == "samples" else (1, 0.0)
+    decides = {"kind": kind, "model": fingerprint(name), "quantize": args.quantize, "k": k, "temperature": temperature, "seed": args.seed,
+               "max_new_tokens": args.max_new_tokens, "data": zlib.crc32(repr(items).encode()), "prompt": build_prompt("", ["", ""])}
+    path = out / f"{kind}-{zlib.crc32(json.dumps(decides).encode()):08x}.jsonl"
+    facts, chunk, done = path.with_suffix(".json"), max(1, 512 // k), []
+    if path.exists():
+        done = read_trajectories(path)
+        if len(done) < len(items) * k:
+            del done[len(done) // (k * chunk) * k * chunk:]  # a chunk that was cut off in writing
+            put(path, lambda aside: aside.write_text("".join(t.line() for t in done), encoding="utf-8"))
+        print(f"{name}: {len(done)} of {len(items) * k} judgements taken over from {path}")
+    for first in range(len(done) // k, len(items), chunk):
+        shown = [show(item, number, f"{args.seed} vote {i}") if kind == "samples" else
+                 Trajectory(number, item.query, item.responses, item.rewards, list(range(len(item.responses))), False, False, item.reference)
+                 for number, item in enumerate(items[first:first + chunk], first) for i in range(k)]
+        judge(*load(), shown, temperature, args, args.seed + first)
+        append(path, "".join(t.line() for t in shown))
+        done += shown
+    if not facts.exists():
+        model, tokenizer = load()
+        tokens = sum(len(ids) + 1 for ids in tokenizer([t.output for t in done], add_special_tokens=False)["input_ids"])  # 1: the end token
+        known = decides | {"name": name, "parameters": model.num_parameters(), "tokens": tokens / len(done)}
+        put(facts, lambda aside: aside.write_text(json.dumps(known, indent=1) + "\n"))
+    return done, json.loads(facts.read_text())
+
+
+def score_tensor(trajectories: list[Trajectory], k: int) -> torch.Tensor:
+    """The scores (items, k, responses) of k trajectories an item, put back into the item's order.
+
+    nan: the sample cannot be read. -inf: the item has no such response; it loses every vote.
+    """
+    width, rows = max(len(t.order) for t in trajectories), []
+    for t in trajectories:
+        scores = dict(zip(t.order, t.scores or [math.nan] * len(t.order)))
+        rows.append([scores.get(i, -math.inf) for i in range(width)])
+    return torch.tensor(rows, dtype=torch.float64).view(-1, k, width)
+
+
+def vote_sum(scores: torch.Tensor) -> torch.Tensor:
+    """Scores (..., k, responses) to votes (..., responses): each response's sum over the k samples, unreadable ones adding nothing (Eq. 14)."""
+    return torch.where(scores.isnan(), 0.0, scores).sum(-2)
+
+
+def vote_mean(scores: torch.Tensor) -> torch.Tensor:
+    """Each response's mean over the samples that can be read (Eq. 12), nan if none can. Within an item it ranks as the sum does, for both count
+    the same samples; between items, it does not depend on how many those were."""
+    return scores.nanmean(-2)
+
+
+def vote_majority(scores: torch.Tensor) -> torch.Tensor:
+    """How many samples choose each response (Eq. 13). A sample with several best ones splits its vote; an unreadable one has none."""
+    best = scores == scores.amax(-1, keepdim=True)  # false throughout for nan
+    votes = (best / best.sum(-1, keepdim=True).clamp(min=1)).sum(-2).round(decimals=9)  # three thirds are one
+    return torch.where((scores == -math.inf).any(-2), -math.inf, votes)
+
+
+VOTES = {"sum": vote_sum, "majority": vote_majority, "mean": vote_mean}
+
+
+def subsets(items: int, total: int, k: int, rounds: int = 100, seed: int = 0) -> Iterator[torch.Tensor]:
+    """Random subsets of k of an item's `total` samples: indices (items, total // k, k), `rounds` times.
+
+    A round shuffles the samples and cuts them into subsets that share none; so k = 1 and k = total take one round to be exact.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(1 if k in (1, total) else rounds):
+        order = torch.rand(items, total, generator=generator).argsort(-1)
+        yield order[:, :total // k * k].view(items, -1, k)
+
+
+def take(scores: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The samples of subsets: scores (items, total, responses) at indices (items, subsets, k) are (items, subsets, k, responses)."""
+    return scores[torch.arange(len(scores))[:, None, None], index]
+
+
+def right_and_tied(votes: torch.Tensor, best: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What votes (items, subsets, responses) are worth, where response best (items,) is the best: means over the subsets, each (items,).
+
+    accuracy: the chance to choose the best response, ties broken by a fair coin; strict: it alone has the most votes (Eq. 10); ties.
+    """
+    votes = torch.where(votes.isnan(), 0.0, votes)
+    top = votes == votes.amax(-1, keepdim=True)
+    count, right = top.sum(-1), top.gather(-1, best[:, None, None].expand(-1, votes.shape[1], 1))[..., 0]
+    return {"accuracy": (right / count).mean(-1), "strict": (right & (count == 1)).double().mean(-1), "ties": (count > 1).double().mean(-1)}
+
+
+def over_subsets(vote: Callable, best: torch.Tensor, total: int, k: int) -> dict[str, torch.Tensor]:
+    """`right_and_tied` of vote(indices (items, subsets, k)), a tensor (items, subsets, responses), as the mean over many random subsets."""
+    rounds = [right_and_tied(vote(index), best) for index in subsets(len(best), total, k)]
+    return {key: torch.stack([values[key] for values in rounds]).mean(0) for key in rounds[0]}
+
+
+def bootstrap(values: torch.Tensor, clusters: list, rounds: int = 2000) -> list[float]:
+    """[mean, low, high] of values (items,) with its 95% interval: items are drawn anew with replacement, those of a cluster (query) together."""
+    if not len(values):
+        return [math.nan] * 3
+    numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
+    member = torch.tensor([numbers[cluster] for cluster in clusters])
+    sums, sizes = torch.zeros(len(numbers), dtype=torch.float64).index_add(0, member, values.double()), torch.bincount(member)
+    drawn = torch.randint(len(numbers), (rounds, len(numbers)), generator=torch.Generator().manual_seed(0))
+    low, high = (sums[drawn].sum(1) / sizes[drawn].sum(1)).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return [values.double().mean().item(), low, high]
+
+
+def auc_over_subsets(vote: Callable, right: torch.Tensor, total: int, k: int, rounds: int = 2000) -> list[float]:
+    """[ROC-AUC, low, high] of single responses, of which right (items,) says which are right, as the mean over random subsets; bootstrap interval
+    over right and over wrong ones. vote(indices) is (items, subsets, 1); where it is nan, nothing could be read, and chance is half."""
+    if right.all() or not right.any():
+        return [math.nan] * 3
+    wins = []
+    for index in subsets(len(right), total, k):
+        votes = vote(index)[..., 0]
+        difference = votes[right][:, None] - votes[~right]  # (right, wrong, subsets)
+        wins.append(torch.where(difference.isnan(), 0.5, (difference.sign() + 1) / 2).mean(-1))
+    wins = torch.stack(wins).mean(0)
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = (torch.randint(size, (rounds, size), generator=generator) for size in wins.shape)
+    drawn = torch.stack([wins[row][:, column].mean() for row, column in zip(rows, columns)])
+    return [wins.mean().item(), *drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()]
+
+
+def scaling(items: list[Preference], greedy: list[Trajectory], samples: list[Trajectory], total: int) -> dict:
+    """Everything that is printed and plotted of one model: figures are [mean, low, high] with a 95% interval over items, clustered by query.
+
+    greedy: one judgement an item. samples: `total` an item. The curve has a row for each k = 1, 2, 4, ..., total.
+    """
+    many, single = ([i for i, item in enumerate(items) if (len(item.responses) > 1) == kind] for kind in (True, False))
+    scores, once = score_tensor(samples, total), score_tensor(greedy, 1)
+    best = torch.tensor([items[i].rewards.index(max(items[i].rewards)) for i in many], dtype=torch.long)
+    right = torch.tensor([items[i].rewards[0] > 0 for i in single], dtype=torch.bool)
+    queries = [str(items[i].query) for i in many]
+    longest = torch.tensor([chance_of_best([len(r) for r in items[i].responses], items[i].rewards) for i in many])
+    alone = right_and_tied(vote_sum(once[many][:, None]), best)
+    result = {"items": len(items), "many": len(many), "single": len(single), "unreadable": scores.isnan().any(-1).double().mean().item(),
+              "longest": bootstrap(longest, queries), "greedy": {key: bootstrap(values, queries) for key, values in alone.items()}, "curve": []}
+    result["greedy"]["auc"] = auc_over_subsets(lambda index: vote_mean(take(once[single], index)), right, 1, 1)
+    values = {}
+    for k in [2**i for i in range(total.bit_length()) if 2**i < total] + [total]:
+        row = {"k": k}
+        for name, vote in VOTES.items():
+            values[k, name] = over_subsets(lambda index: vote(take(scores[many], index)), best, total, k)
+            row[name] = {key: bootstrap(of_key, queries) for key, of_key in values[k, name].items()}
+        row["gain"] = bootstrap(values[k, "sum"]["accuracy"] - values[1, "sum"]["accuracy"], queries)  # paired: the same items
+        row["auc"] = auc_over_subsets(lambda index: vote_mean(take(scores[single], index)), right, total, k)
+        # how many different sums one vote on every item shows
+        summed = vote_sum(take(scores, next(subsets(len(items), total, k)))[:, 0])
+        row |= {"space": 9 * k + 1, "seen": len(summed[summed > -math.inf].unique())}
+        result["curve"].append(row)
+    result["by_subset"] = {}
+    for subset in sorted({items[i].subset for i in many}):
+        of = torch.tensor([items[i].subset == subset for i in many])
+        ends = [bootstrap(values[k, "sum"]["accuracy"][of], [q for q, keep in zip(queries, of) if keep]) for k in (1, total)]
+        result["by_subset"][subset] = {"n": int(of.sum()), "one": ends[0], "all": ends[1]}
+    return result
+
+
+def percent(figure: list[float], sign: str = "") -> str:
+    """A figure with its interval: "75.0 [72.1, 77.9]"; nothing if it is not a number."""
+    mean, low, high = (100 * value for value in figure)
+    return "" if math.isnan(mean) else f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def table(name: str, result: dict) -> str:
+    """What a run prints of a model, in the manner of Table 3."""
+    total, with_auc = result["curve"][-1]["k"], result["single"] > 0
+    text = (f"\n{name}: {result['many']} items with two or more responses, {result['single']} with one; {100 * result['unreadable']:.1f}% of the "
+            f"samples unreadable\npercent [95% interval]; ties are coin tosses\n"
+            f"  {'':<10}{'sum':>20}{'gain over k = 1':>22}{'majority':>10}{'mean':>8}{'strict':>8}{'ties':>8}{'sums seen, possible':>21}{'tokens':>8}"
+            + f"{'AUC of single':>20}" * with_auc + "\n")
+    text += f"  {'longest':<10}{percent(result['longest']):>20}\n"
+    greedy = result["greedy"]
+    text += (f"  {'greedy':<10}{percent(greedy['accuracy']):>20}{'':40}{100 * greedy['strict'][0]:8.1f}{100 * greedy['ties'][0]:8.1f}{'':29}"
+             + f"{percent(greedy['auc']):>20}" * with_auc + "\n")
+    for row in result["curve"]:
+        majority, mean, strict, ties = (100 * row[vote][key][0] for vote, key in (("majority", "accuracy"), ("mean", "accuracy"),
+                                                                                  ("sum", "strict"), ("sum", "ties")))
+        text += (f"  {'k = ' + str(row['k']):<10}{percent(row['sum']['accuracy']):>20}{percent(row['gain'], '+') if row['k'] > 1 else '':>22}"
+                 f"{majority:10.1f}{mean:8.1f}{strict:8.1f}{ties:8.1f}{row['seen']:13}{row['space']:8}{row['k'] * result['tokens']:8.0f}"
+                 + f"{percent(row['auc']):>20}" * with_auc + "\n")
+    for subset, row in result["by_subset"].items() if len(result["by_subset"]) > 1 else ():
+        text += f"  {subset + ', ' + str(row['n']) + ' items':<32}k = 1: {percent(row['one'])}   k = {total}: {percent(row['all'])}\n"
+    return text
+
+
+def plot(results: dict[str, dict], path: Path) -> None:
+    """Draw accuracy over k (for single responses alone: ROC-AUC), a line and a band for each model; for several, over compute as well."""
+    def figure_of(row):
+        return row["sum"]["accuracy"] if any(result["many"] for result in results.values()) else row["auc"]
+
+    panels = ["k"] if len(results) == 1 else ["k", "compute"]
+    drawing = Figure(figsize=(7 * len(panels), 4.8), layout="constrained")
+    for axes, panel in zip(drawing.subplots(1, len(panels), squeeze=False)[0], panels):
+        for number, (name, result) in enumerate(results.items()):
+            ks = [row["k"] for row in result["curve"]]
+            xs = [k * (1 if panel == "k" else result["tokens"] * result["parameters"]) for k in ks]
+            mean, low, high = zip(*([100 * value for value in figure_of(row)] for row in result["curve"]))
+            # colours that differ in brightness, and markers and dashes, stay apart in grey
+            style = {"color": matplotlib.colormaps["viridis"](0.75 * number / max(1, len(results) - 1)), "marker": "os^Dvp*X"[number % 8],
+                     "linestyle": ["-", "--", "-.", ":"][number % 4]}
+            axes.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
+            axes.plot(xs, mean, **style, linewidth=2, markersize=7, label=name if len(results) > 1 else "sum of k samples")
+            if len(results) == 1 and result["many"]:
+                majority = [100 * row["majority"]["accuracy"][0] for row in result["curve"]]
+                axes.plot(xs, majority, color="0.45", marker="s", linestyle="--", markersize=5, label="majority of k samples")
+                axes.axhline(100 * result["greedy"]["accuracy"][0], color="0.2", linestyle=":", label="greedy, once")
+        axes.set_xscale("log", base=2 if panel == "k" else 10)
+        if panel == "k":
+            axes.set_xticks(ks, [str(k) for k in ks])
+        axes.set_xlabel("samples per item, k" if panel == "k" else "compute per item: generated tokens x parameters")
+        axes.set_ylabel("accuracy, %" if figure_of(result["curve"][0]) is result["curve"][0]["sum"]["accuracy"] else "ROC-AUC, %")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="lower right")
+    put(path, lambda aside: drawing.savefig(aside, format="png", dpi=160))
+
+
+STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse } td, th { border: 1px solid #bbb; padding: .2em .7em; text-align: left; vertical-align: top }
+.text { white-space: pre-wrap } .best { font-weight: bold; background: #eee } .number { text-align: right }
+details { margin: .3em 0 } section { border-top: 3px solid #222; margin-top: 3em }"""
+
+
+def page(name: str, items: list[Preference], samples: list[Trajectory], total: int) -> str:
+    """A page of HTML that needs nothing else: a few items with all their samples, and how the sum decided. All text in it is escaped."""
+    scores = score_tensor(samples, total)
+    chosen = {"The vote saved a wrong first sample": [], "The vote did not save a wrong first sample": [],
+              "The vote spoiled a right first sample": []}
+    for i, item in enumerate(items):
+        first, summed = (chance_of_best(vote_sum(scores[i, :count]).tolist()[:len(item.responses)], item.rewards) for count in (1, total))
+        title = {(0, 1): 0, (0, 0): 1, (1, 0): 2}.get((first, summed))
+        if title is not None and len(item.responses) > 1:
+            chosen[list(chosen)[title]].append(i)
+    stories = [story(title, items[i], samples[i * total:(i + 1) * total], scores[i]) for title, numbers in chosen.items() for i in numbers[:2]]
+    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>How the votes were decided</title>\n'
+            "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+            f"<style>{STYLE}</style></head><body><h1>How the votes were decided</h1>\n<p>Judge: {html.escape(name)}, {total} samples an item, of "
+            f"{len(items)} items.</p>\n{''.join(stories) or '<p>No item had a wrong first sample or a wrong sum.</p>'}</body></html>\n")
+
+
+def story(title: str, item: Preference, samples: list[Trajectory], scores: torch.Tensor) -> str:
+    """One item's part of the page: query, responses y1, y2, ..., each sample's scores (samples, responses) with the sums so far, and its text."""
+    def cells(values, tag="td"):
+        return "".join(f'<{tag} class="number">{value}</{tag}>' for value in values)
+
+    def scored(row):  # the highest in bold
+        return "".join(f'<td class="number{" best" * (value == max(row))}">{value:g}</td>' for value in row)
+
+    n = len(item.responses)
+    names, scores, best = [f"y{i}" for i in range(1, n + 1)], scores[:, :n], item.rewards.index(max(item.rewards))
+    turns = item.query if isinstance(item.query, list) else [{"role": "user", "content": item.query}]
+    text = f"<section><h2>{title}</h2>\n" + "".join(
+        f'<p class="text"><b>{html.escape(turn["role"])}:</b> {html.escape(turn["content"])}</p>\n' for turn in turns)
+    text += "<table><tr><th></th><th>response</th><th>true reward</th><th>sum</th><th>choices</th></tr>\n"
+    summed, choices = vote_sum(scores).tolist(), vote_majority(scores).tolist()
+    for i, response in enumerate(item.responses):
+        text += (f'<tr{" class=best" * (i == best)}><th>{names[i]}</th><td class="text">{html.escape(response)}</td>'
+                 f"{cells([f'{item.rewards[i]:g}', f'{summed[i]:g}', f'{choices[i]:.3g}'])}</tr>\n")
+    top = [names[i] for i in range(n) if summed[i] == max(summed)]
+    text += (f"</table>\n<p>The best is {names[best]}; the sum chooses {' or '.join(top)}, the first sample chose "
+             f"{' or '.join(names[i] for i, value in enumerate(vote_sum(scores[:1]).tolist()) if value == vote_sum(scores[:1]).max())}.</p>\n"
+             f"<table><tr><th>sample</th>{cells(names, 'th')}<th></th>{cells(['sum ' + of for of in names], 'th')}<th>what it wrote</th></tr>\n")
+    for j, t in enumerate(samples):
+        judgement = read_judgement(t.output, n)
+        shown = ", ".join(f"Response {place} is {names[i]}" for place, i in enumerate(t.order, 1))
+        row = scored(scores[j].tolist()) if t.scores else f'<td colspan="{n}">{html.escape(judgement.unreadable)}</td>'
+        parts = "".join(f'<p class="text"><b>{label}:</b> {html.escape(part)}</p>' for label, part in (
+            ("Principles", judgement.principles), ("Critique", judgement.critique)) if part) or f'<p class="text">{html.escape(t.output)}</p>'
+        text += (f'<tr><td class="number">{j + 1}</td>{row}<td></td>{scored(vote_sum(scores[:j + 1]).tolist())}'
+                 f"<td><details><summary>{shown}</summary>{parts}</details></td></tr>\n")
+    return text + "</table></section>\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    option = parser.add_argument
+    option("--model", action="append", help="folder, Hub name, GGUF file or LoRA folder; repeat it to compare several; by default what step 3 "
+           "or else step 2 left in runs/, or the embedded judge")
+    option("--quantize", choices=["none", "int8", "nf4"], default="none", help="hold the weights in 8 or 4 bits")
+    option("--data", default=str(HERE / "tests/tiny/eval.jsonl"), help="preferences to judge, JSON Lines")
+    option("--limit", type=int, default=300, help="use the first so many items of --data")
+    option("--k", type=int, default=32, help="samples an item; figures are for 1, 2, 4, ... and so many")
+    option("--temperature", type=float, default=0.5, help="of the samples; greedy is measured beside them")
+    option("--max-new-tokens", type=int, default=512, help="longest judgement, in tokens")
+    option("--batch-size", type=int, help="rows sampled together; by default what memory holds")
+    option("--html", action="store_true", help="write a page that shows how votes of the first --model were decided")
+    option("--seed", type=int, default=0, help="of the orders and the samples")
+    option("--out", default="runs/04_voting", help="folder for everything that is written; samples in it are used again")
+    args = parser.parse_args()
+    for wrong, message in ((min(args.limit, args.k, args.max_new_tokens) < 1, "--limit, --k and --max-new-tokens must be at least 1"),
+                           (args.batch_size is not None and args.batch_size < 1, "--batch-size must be at least 1"),
+                           (not 0 <= args.temperature < math.inf, "--temperature must be a number from 0")):
+        if wrong:
+            parser.error(message)
+
+    join_ranks()
+    items, out, start, results = load_lines(args.data)[:args.limit], Path(args.out), time.time(), {}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--out {out}: {error.strerror}") from None
+    if not args.model:
+        args.model = [next((f for f in ("runs/03_grpo/model", "runs/02_rejective_ft/model") if Path(f).exists()), str(HERE / "tests/tiny/judge"))]
+    print(f"{' and '.join(args.model)}: {args.k} samples of each of the first {len(items)} items of {args.data}")
+    for name in dict.fromkeys(args.model):
+        load = functools.cache(lambda: load_model(name, args.quantize))
+        try:
+            greedy, _ = ask("greedy", name, load, items, args, out)
+            samples, facts = ask("samples", name, load, items, args, out)
+        except KeyboardInterrupt:
+            sys.exit(f"\ninterrupted; go on with: {shlex.join(['python', *sys.argv])}")
+        results[name] = scaling(items, greedy, samples, args.k) | {"tokens": facts["tokens"], "parameters": facts["parameters"]}
+        print(table(name, results[name]))
+        if args.html and len(results) == 1:
+            put(out / "votes.html", lambda aside: aside.write_text(page(name, items, samples, args.k), encoding="utf-8"))
+    if len(results) > 1:
+        print(f"\nsum, percent [95% interval]\n  {'':<10}" + "".join(f"{name[-28:]:>30}" for name in results))
+        for row, k in enumerate(row["k"] for row in next(iter(results.values()))["curve"]):
+            print(f"  {'k = ' + str(k):<10}" + "".join(f"{percent(result['curve'][row]['sum']['accuracy']):>30}" for result in results.values()))
+    plot(results, out / "voting.png")
+    figures = {"models": results, "settings": vars(args), "seconds": time.time() - start,
+               "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+    figures = json.loads(json.dumps(figures), parse_constant=lambda _: None)  # JSON has no NaN
+    put(out / "results.json", lambda aside: aside.write_text(json.dumps(figures, indent=1) + "\n"))
+    print(f"\n{figures['seconds']:.0f} s. Everything is in {out}/: results.json, voting.png, the samples" + ", votes.html" * args.html)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------------
+# Below: what steps 1 and 2 brought, unchanged.
+# ------------------------------------------------------------------------------------------------------------------------------------------
+
+class DataError(ValueError):
+    """A preference record or file that cannot be used; the message names the file, the line and what to do."""
+
+
+class ModelError(RuntimeError):
+    """A model that cannot be loaded or does not fit; the message says what to do."""
+
+
+# `torchrun --nproc-per-node N` starts N processes, one per GPU, and tells each its rank; alone we are rank 0 of 1.
+RANK = int(os.environ.get("RANK", 0))
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_ranks() -> None:
+    """Connect to the other ranks, if there are any. All of them run the same script on shares of the same work; rank 0 alone prints and writes."""
+    if RANKS > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(torch.distributed.destroy_process_group)
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+
+
+@dataclass
+class Preference:
+    """A query, n >= 1 responses and their ground-truth rewards. Making one that is malformed raises DataError (without a file or line)."""
+    query: str | list[dict]  # the user's only turn, or [{"role": "user" | "assistant" | "system", "content": str}, ...] up to their last
+    responses: list[str]
+    rewards: list[float]  # one per response; exactly one maximum when n >= 2
+    subset: str = ""
+    reference: str | None = None
+    id: str = ""
+
+    def __post_init__(self):
+        turns = self.query if isinstance(self.query, list) else [{"role": "user", "content": self.query}]
+        if not all(isinstance(turn, dict) and turn.keys() == {"role", "content"} and turn["role"] in ("user", "assistant", "system")
+                   and isinstance(turn["content"], str) for turn in turns):
+            raise DataError("the query is neither text nor a list of messages {role: user, assistant or system; content: text}")
+        if not turns or turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
+            raise DataError("the query is empty or does not end with the user's turn")
+        self.query = turns[0]["content"] if len(turns) == 1 else turns
+        if not isinstance(self.responses, list) or not self.responses or not all(isinstance(r, str) and r.strip() for r in self.responses):
+            raise DataError("the responses are not a list of texts, at least one and none of them empty")
+        # `type`, for True is an int to isinstance; the bound is false for NaN, infinities and integers beyond any float
+        if not isinstance(self.rewards, list) or not all(type(r) in (int, float) and abs(r) <= sys.float_info.max for r in self.rewards):
+            raise DataError("the rewards are not a list of finite numbers")
+        if len(self.rewards) != len(self.responses):
+            raise DataError(f"{len(self.responses)} responses but {len(self.rewards)} rewards")
+        self.rewards = [float(reward) for reward in self.rewards]
+        if self.rewards.count(max(self.rewards)) > 1:
+            raise DataError("a tie: more than one response has the best reward")
+        if not isinstance(self.subset, str) or not isinstance(self.id, str) or not isinstance(self.reference, str | None):
+            raise DataError("subset, id or reference is not text")
+        try:
+            json.dumps(vars(self), ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # JSON can escape half a surrogate pair, which no UTF-8 file and no tokenizer takes
+            raise DataError("a text holds half a character (a lone surrogate, such as \\ud800)") from None
+
+
+# The prompt's parts in the order in which they appear. It is the only thing that a language model knows about being a judge.
+TASK = ("Judge each response to the conversation. Write the specific criteria that matter here with their weights, analyse every response "
+        "against them, then score it.")
+TASK_WITHOUT_PRINCIPLES = "Judge each response to the conversation. Analyse every response, then score it."
+SCALE = "Scores run from 1 (fails altogether) through 6 (meets some criteria) to 10 (meets all criteria). Be strict; analyse before you score."
+SCALE_BINARY = "The score is 1 if the response is correct and 0 if it is not. Be strict; analyse before you score."
+GENERAL_CRITERIA = "General criteria: following instructions, usefulness, detail, relevance."
+MARKER = re.compile(r"\[(?=\s*(?:conversation|reference|response)[^\[\]]*(?:begins|ends)\s*\])", re.IGNORECASE)
+
+
+def block(name: str, text: str) -> str:
+    """`text` between its own begin and end markers. It is untrusted: a marker inside it loses its bracket, so it cannot close the block."""
+    return f"[{name} begins]\n{MARKER.sub('(', text)}\n[{name} ends]\n"
+
+
+def build_prompt(query: str | list[dict], responses: list[str], reference: str | None = None, hint: str | None = None, binary: bool = False,
+                 principles: bool = True, form: bool = True) -> str:
+    """The judge's prompt for a conversation and its responses, numbered from 1.
+
+    Args:
+        query: the user's turn, or a conversation of {"role", "content"} messages. responses: n >= 1 texts.
+        reference: a reference answer to judge against (E.1.3). hint: a last line that gives the truth away, for hinted sampling (section 3.2).
+        binary: scores 0 and 1 instead of 1..10, for single responses in training. principles: False leaves the criteria out (Table 4).
+        form: False leaves out the form of the answer, which a base model would copy; its worked examples show it.
+    """
+    turns = [{"role": "user", "content": query}] if isinstance(query, str) else query
+    parts = [f"{TASK if principles else TASK_WITHOUT_PRINCIPLES}\n{SCALE_BINARY if binary else SCALE}\n{GENERAL_CRITERIA}\n",
+             block("Conversation", "\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns))]
+    if reference is not None:
+        parts.append(block("Reference answer", reference))
+    parts += [block(f"Response {number}", response) for number, response in enumerate(responses, 1)]
+    if form:
+        parts.append("Answer in this form:\n" + "Specific Criteria: each criterion and its weight\n" * principles
+                     + "Analysis: each response against each criterion\n"
+                     + "Scores: \\boxed{" + ", ".join(f"s{number}" for number in range(1, len(responses) + 1)) + "}")
+    return "\n".join(parts) + (f"\n({hint})" if hint else "")
+
+
+@functools.cache
+def control_tokens(tokenizer) -> list[str]:
+    """The texts of a tokenizer's special tokens, such as "<end_of_turn>"."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special and len(token.content) > 1]
+
+
+def encode(tokenizer, prompt: str, shots: list[tuple[str, str]] = ()) -> list[int]:
+    """Token ids of a prompt, up to where the judgement begins: in the tokenizer's chat template if it has one, else as plain text; BOS once.
+
+    shots: worked (prompt, judgement) pairs that come first, for base models, which were never taught to follow instructions.
+    Control tokens spelled out in the text ("<end_of_turn>") are broken up, so that no response can end the user's turn.
+    """
+    turns = [text for shot in shots for text in shot] + [prompt]
+    for token in control_tokens(tokenizer):
+        turns = [turn.replace(token, f"{token[0]} {token[1:]}") for turn in turns]
+    if tokenizer.chat_template is None:
+        return tokenizer("\n\n".join(turns) + "\n\n")["input_ids"]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written BOS
+
+
+@dataclass
+class Judgement:
+    """What one output says: its principles and critique, and one score per response, or None and the reason why they are unreadable."""
+    principles: str
+    critique: str
+    scores: list[int] | None
+    unreadable: str = ""
+
+
+def read_judgement(text: str, n: int, binary: bool = False) -> Judgement:
+    """Take an output apart (Eq. 7: extract). Scores are the last box, exactly n integers in 1..10 (0..1 if binary); never raises."""
+    labels, start = {}, 0
+    for label in ("Specific Criteria", "Analysis", "Scores"):  # each at the start of a line, perhaps as a heading or in bold
+        if match := re.compile(rf"^[ \t#*_]*{label}[ *_]*:", re.IGNORECASE | re.MULTILINE).search(text, start):
+            labels[label], start = match, match.end()
+
+    def part(label):
+        if label not in labels:
+            return ""
+        end = min((later.start() for later in labels.values() if later.start() > labels[label].start()), default=len(text))
+        return text[labels[label].end():end].strip("*_# \n")
+
+    principles, critique = part("Specific Criteria"), part("Analysis")
+    low, high = (0, 1) if binary else (1, 10)
+    boxes = re.findall(r"\\boxed\s*\{([^{}]*)(\}?)", text)
+    if not boxes:
+        return Judgement(principles, critique, None, "no \\boxed{...}")
+    content, closed = boxes[-1]
+    entries = [entry.strip("*_`$ \t\n") for entry in content.split(",")]
+    if not closed:
+        reason = "the last box is not closed"
+    elif len(entries) != n:
+        reason = f"{len(entries)} scores for {n} responses"
+    elif not all(re.fullmatch("[0-9]{1,2}", entry) for entry in entries):
+        reason = "a score is not a whole number"
+    elif not all(low <= int(entry) <= high for entry in entries):
+        reason = f"a score is outside {low}..{high}"
+    else:
+        return Judgement(principles, critique, [int(entry) for entry in entries])
+    return Judgement(principles, critique, None, reason)
+
+
+@dataclass
+class Sample:
+    """A completion: its token ids (with the end token, if it came) and its text without special tokens."""
+    ids: list[int]
+    text: str
+
+
+class Decoder:
+    """A batch in flight: the fixed buffers that a decode step reads and writes in place.
+
+    Prompts are padded on the left, so every row writes its next token to the same `column`. The decoder passes itself to the model as the
+    cache: in the prefill, attention layers leave their keys and values here by `update`; in a step, each adds one column and gets back the
+    first `visible` ones to look at. Sliding-window layers keep all columns too and the mask hides the old ones: more memory than a rolling
+    window, but nothing to move. In a step only the buffers change, and `visible` is set from outside, so it could be captured in a CUDA graph.
+    """
+
+    def __init__(self, model, prompts: list[tuple[int, ...]], rows: list[int], temperature: float, max_new_tokens: int, stop_ids: list[int],
+                 pad_id: int, generator: torch.Generator):
+        """prompts: distinct, each prefilled once. rows: for each sample, the number of its prompt."""
+        device, config = model.device, model.config.get_text_config()
+        self.model, self.temperature, self.generator, self.pad_id = model, temperature, generator, pad_id
+        self.window = getattr(config, "sliding_window", None)
+        self.mixed_layers = getattr(config, "layer_types", None) is not None  # Gemma 2 and 3: sliding and full attention
+        # Prefill: each distinct prompt once, a few thousand tokens at a time.
+        self.width = self.visible = max(map(len, prompts))
+        ids = torch.tensor([[pad_id] * (self.width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+        padding = torch.tensor([[self.width - len(prompt)] for prompt in prompts], device=device)
+        self.columns = torch.arange(self.width + max_new_tokens, device=device)
+        self.column, logits, keys, values = None, [], {}, {}
+        for part in torch.arange(len(prompts), device=device).split(max(1, 8192 // self.width)):
+            self.real, self.keys, self.values, columns = self.columns >= padding[part], {}, {}, self.columns[:self.width]
+            logits.append(self.forward(ids[part], (columns - padding[part]).clamp(min=0), columns))
+            for layer in self.keys:
+                keys.setdefault(layer, []).append(self.keys[layer])
+                values.setdefault(layer, []).append(self.values[layer])
+        # Expand: a row for each sample, with its own copy of the prompt's keys and values and room for what it will write.
+        rows = torch.tensor(rows, device=device)
+        for prefixes, cache in ((keys, self.keys), (values, self.values)):
+            for layer in cache:
+                prefix = torch.cat(prefixes.pop(layer))
+                cache[layer] = prefix.new_zeros(len(rows), prefix.shape[1], len(self.columns), prefix.shape[3])
+                cache[layer][:, :, :self.width] = prefix[rows]
+        self.real, self.logits, self.position = self.columns >= padding[rows], torch.cat(logits)[rows], self.width - 1 - padding[rows]
+        self.column = torch.tensor([self.width], device=device)
+        self.output = torch.full((len(rows), max_new_tokens), pad_id, device=device)
+        self.finished = torch.zeros(len(rows), 1, dtype=torch.bool, device=device)
+        self.stop_ids = torch.tensor(stop_ids, device=device)
+
+    def update(self, key, value, layer, *_, **__):
+        """Store a layer's new keys and values (rows, kv_heads, columns, head_dim); returns all that attention may look at."""
+        if self.column is None:  # prefill
+            self.keys[layer], self.values[layer] = key, value
+            return key, value
+        self.keys[layer].index_copy_(2, self.column, key)
+        self.values[layer].index_copy_(2, self.column, value)
+        return self.keys[layer][:, :, :self.visible], self.values[layer][:, :, :self.visible]
+
+    def get_seq_length(self, *_):
+        return 0  # transformers asks in order to make masks and positions, which we pass
+
+    def forward(self, ids, position, columns):
+        """Logits (rows, vocabulary) after the last of the tokens `ids` (rows, new), which stand at `columns` (new,)."""
+        visible = self.columns[:self.visible]
+        seen = self.real[:, None, None, :self.visible] & (visible <= columns[:, None])
+        lowest = torch.finfo(self.model.dtype).min
+        mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=seen.device).masked_fill(~seen, lowest)
+        if self.mixed_layers:
+            window = self.window or len(self.columns)
+            mask = {"full_attention": mask, "sliding_attention": mask.masked_fill(visible <= columns[:, None] - window, lowest)}
+        return self.model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=self, use_cache=True,
+                          logits_to_keep=1).logits[:, -1]
+
+    def step(self):
+        """Draw a token for every row and run the model on it. Nothing waits for the device."""
+        scores = self.logits.float()
+        if self.temperature > 0:  # Gumbel-max: argmax(logits / T + Gumbel noise) is a draw from softmax(logits / T)
+            scores = scores / self.temperature - torch.empty_like(scores).exponential_(generator=self.generator).log()
+        token = scores.argmax(-1, keepdim=True).masked_fill(self.finished, self.pad_id)
+        self.output.index_copy_(1, self.column - self.width, token)
+        self.finished |= (token == self.stop_ids).any(-1, keepdim=True)
+        self.position += 1
+        self.logits.copy_(self.forward(token, self.position, self.column))
+        self.column += 1
+
+    def keep(self, rows: list[int]):
+        """Drop all other rows."""
+        rows = torch.tensor(rows, device=self.real.device)
+        for cache in (self.keys, self.values):
+            for layer in cache:
+                cache[layer] = cache[layer][rows]
+        for name in ("logits", "real", "position", "output", "finished"):
+            setattr(self, name, getattr(self, name)[rows])
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: float = 1.0, max_new_tokens: int = 512,
+           batch_size: int | None = None, seed: int = 0, stop: str | None = None, progress: bool = True) -> list[list[Sample]]:
+    """Draw n completions of every prompt.
+
+    Args:
+        prompts: token ids, as from `encode`; equal prompts are prefilled once. temperature: 0 is greedy. max_new_tokens: at most so many.
+        batch_size: rows decoded together (default: what free memory holds); halved when memory runs out, and what is done stays done.
+        stop: cut a completion off before this text. seed: the same arguments draw the same samples. progress: show a bar.
+    Ranks deal the distinct prompts out among themselves, and each gets all samples.
+    Returns n samples for each prompt, in the order of `prompts`. Raises ModelError if not even one row fits into memory.
+    """
+    model.eval()
+    end = model.generation_config.eos_token_id
+    stop_ids = sorted({*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id} - {None})
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
+    generator = torch.Generator(model.device).manual_seed(seed + 10**9 * RANK)
+    # Longest first: neighbours in a batch need little padding, and memory runs out at once or never.
+    queue = [(tuple(prompt), slot) for slot, prompt in enumerate(prompt for prompt in prompts for _ in range(n))]
+    queue.sort(key=lambda entry: (-len(entry[0]), entry))
+    samples, tokens, start = [None] * len(queue), 0, time.time()
+    dealt = {prompt: number % RANKS for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in queue))}
+    queue = [entry for entry in queue if dealt[entry[0]] == RANK]
+    with tqdm(total=len(queue), desc="sampling", unit=" samples", disable=not progress or RANK > 0) as bar:
+        while queue:
+            batch = queue[:batch_size or rows_that_fit(model, len(queue[0][0]) + max_new_tokens)]
+            try:
+                distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in batch))}
+                decoder = Decoder(model, list(distinct), [distinct[prompt] for prompt, _ in batch], temperature, max_new_tokens, stop_ids, pad_id,
+                                  generator)
+                slots, count = [slot for _, slot in batch], 0
+                while slots:
+                    for _ in range(min(16, max_new_tokens - count)):
+                        count += 1
+                        decoder.visible = min(len(decoder.columns), -(-(decoder.width + count) // 64) * 64)  # grows by 64
+                        decoder.step()
+                    finished, outputs = decoder.finished[:, 0].tolist(), decoder.output[:, :count].tolist()  # the one look at the device
+                    if stop:
+                        finished = [over or stop in tokenizer.decode(ids) for over, ids in zip(finished, outputs)]
+                    if count == max_new_tokens:
+                        finished = [True] * len(slots)
+                    if 4 * sum(finished) < len(slots):  # moving the rows costs a copy: not for a few
+                        continue
+                    for slot, ids, over in zip(slots, outputs, finished):
+                        if over:
+                            samples[slot] = finish(tokenizer, ids, stop_ids, stop)
+                            tokens += len(samples[slot].ids)
+                    bar.update(sum(finished))
+                    bar.set_postfix_str(f"{tokens / (time.time() - start):,.0f} tokens/s")
+                    alive = [row for row, over in enumerate(finished) if not over]
+                    slots = [slots[row] for row in alive]
+                    if slots:
+                        decoder.keep(alive)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what the CPU's allocator raises
+                if "memory" not in str(error):
+                    raise
+                if len(batch) == 1:
+                    raise ModelError(f"not enough memory for one row of {len(batch[0][0]) + max_new_tokens} tokens: shorten --max-new-tokens, "
+                                     "or load the model with --quantize nf4") from None
+                batch_size = len(batch) // 2
+                bar.write(f"out of memory with {len(batch)} rows; going on with {batch_size}")
+            decoder = None  # its buffers are free before the next ones are made
+            queue = [entry for entry in queue if samples[entry[1]] is None]
+    if RANKS > 1:
+        torch.distributed.all_gather_object(parts := [None] * RANKS, samples)
+        samples = [next(filter(None, of_slot)) for of_slot in zip(*parts)]
+    return [samples[i:i + n] for i in range(0, len(samples), n)]
+
+
+def finish(tokenizer, ids: list[int], stop_ids: list[int], stop: str | None) -> Sample:
+    """Cut a row of output after its end token, and before the text `stop`."""
+    end = next((i + 1 for i, token in enumerate(ids) if token in stop_ids), len(ids))
+    text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+    if stop and stop in text:
+        text = text[:text.index(stop)]
+        while stop in tokenizer.decode(ids[:end - 1], skip_special_tokens=True):
+            end -= 1
+    return Sample(ids[:end], text)
+
+
+def rows_that_fit(model, columns: int) -> int:
+    """How many rows of `columns` tokens half of the free memory holds: keys and values, and a few copies of a row's logits."""
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    row = 2 * config.num_hidden_layers * heads * head_dim * columns * model.dtype.itemsize + 16 * config.vocab_size
+    if model.device.type == "cuda":
+        return max(1, min(1024, torch.cuda.mem_get_info()[0] // 2 // row))
+    return max(1, min(256, psutil.virtual_memory().available // 2 // row))
+
+
+class LoRA(torch.nn.Module):
+    """A linear layer with a low-rank correction: y = base(x) + alpha / r * B(A(x)). base may be quantized; A is (r, in), B is (out, r)."""
+
+    def __init__(self, base: torch.nn.Module, r: int, alpha: float):
+        super().__init__()
+        self.base, self.scaling = base, alpha / r
+        self.lora_A = torch.nn.Linear(base.in_features, r, bias=False, device=base.weight.device, dtype=torch.float32)
+        self.lora_B = torch.nn.Linear(r, base.out_features, bias=False, device=base.weight.device, dtype=torch.float32)
+        torch.nn.init.zeros_(self.lora_B.weight)  # starts as the base alone
+
+    def forward(self, x):
+        return self.base(x) + (self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))) * self.scaling).to(x.dtype)
+
+
+def add_lora(model, targets: list[str], r: int, alpha: float) -> None:
+    """Wrap every linear layer whose name ends in one of `targets` ("q_proj", ...) and freeze everything but the adapters."""
+    model.requires_grad_(False)
+    for name, module in list(model.named_modules()):
+        if name.split(".")[-1] in targets:
+            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], LoRA(module, r, alpha))
+
+
+def load_model(name: str | Path, quantize: str = "none"):
+    """Load a causal language model and its tokenizer; bfloat16 on CUDA, float32 on the CPU; safetensors only, no remote code.
+
+    Args:
+        name: a folder, a Hub name, a GGUF file (converted once, kept in ~/.cache/spct), or a folder with a LoRA adapter in PEFT's format.
+        quantize: "nf4" (4 bits, double quantization: about 0.55 bytes a weight), "int8", or "none". Embeddings stay as they are.
+    Raises ModelError with what to do: log in for a gated model, pick another quantization, install a package.
+    """
+    name = str(name)
+    adapter = Path(name, "adapter_config.json")
+    if adapter.exists():
+        config = json.loads(adapter.read_text())
+        if config.get("use_rslora") or config.get("use_dora") or not isinstance(config["target_modules"], list):
+            raise ModelError(f"{name}: only plain LoRA with a list of target_modules can be read; merge the adapter into its base with peft")
+        model, tokenizer = load_model(config["base_model_name_or_path"], quantize)
+        add_lora(model, config["target_modules"], config["r"], config["lora_alpha"])
+        from safetensors.torch import load_file
+        weights = load_file(Path(name, "adapter_model.safetensors"))
+        weights = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
+        _, unknown = model.load_state_dict(weights, strict=False)
+        if unknown or not weights:
+            raise ModelError(f"{name}: the adapter does not fit its base model {config['base_model_name_or_path']}: {unknown[:1]}")
+        return model, tokenizer
+    cuda = torch.cuda.is_available()
+    device, dtype = (f"cuda:{torch.cuda.current_device()}", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    config = {"none": None, "int8": BitsAndBytesConfig(load_in_8bit=True),
+              "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
+    try:
+        if name.endswith(".gguf"):
+            name = convert_gguf(Path(name))
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, quantization_config=config[quantize], use_safetensors=True,
+                                                     trust_remote_code=False, device_map={"": device} if quantize != "none" else None)
+        model = model.to(device) if quantize == "none" else model
+    except (OSError, ValueError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        if "gated" in str(error).lower():
+            raise ModelError(f"{name} is gated: accept its terms on its page of the Hub, then run `hf auth login`") from None
+        raise ModelError(f"cannot load the model {name}: {first}") from None
+    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+        if "memory" not in str(error):
+            raise
+        raise ModelError(f"not enough memory on {device} for {name}: try --quantize nf4 (a quarter of bfloat16) or a smaller model") from None
+    for module in model.modules():  # on some CPUs, sampling would repack 4-bit weights into a form that has no gradient
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+    return model.eval(), tokenizer
+
+
+def is_correct(scores: list[float] | None, rewards: list[float]) -> bool:
+    """Eq. 10: S_j > S_i for all i != j = argmax r; for a single response S_1 = r_1. Unreadable scores (None) are not correct."""
+    if scores is None:
+        return False
+    if len(rewards) == 1:
+        return scores[0] == rewards[0]
+    best = rewards.index(max(rewards))
+    return all(scores[best] > score for i, score in enumerate(scores) if i != best)
+
+
+def chance_of_best(scores: list[float] | None, rewards: list[float]) -> float:
+    """Chance that the argmax of scores, ties broken by a fair coin, is the best of n >= 2 responses; unreadable scores tie all."""
+    scores = [0] * len(rewards) if scores is None else scores
+    return float(scores[rewards.index(max(rewards))] == max(scores)) / scores.count(max(scores))
+
+
+def convert_gguf(path: Path) -> str:
+    """Dequantize a GGUF file into a Hugging Face folder, once; returns the folder. The minute goes into parsing the vocabulary."""
+    if not path.is_file():
+        raise ModelError(f"there is no file {path}")
+    try:
+        import gguf  # noqa: F401  (transformers needs it and is less clear about it)
+    except ImportError:
+        raise ModelError("reading a GGUF file needs the package gguf: pip install gguf") from None
+    folder = Path(os.environ.get("SPCT_CACHE", "~/.cache/spct")).expanduser() / f"{path.stem}-{path.stat().st_size}-{int(path.stat().st_mtime)}"
+    if not folder.exists():
+        print(f"converting {path.name}, once, into {folder}")
+        aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")  # so that an interrupted conversion is never taken for a whole one
+        # Newer versions of transformers can keep GGUF's own quantization and have to be told not to.
+        plain = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+        try:
+            parts = (AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16, **plain),
+                     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name))
+        except Exception as error:  # a broken file fails in the parser in more ways than one can list
+            raise ModelError(f"{path} cannot be read as a GGUF model: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+        for part in parts:
+            part.save_pretrained(aside)
+        os.replace(aside, folder)
+    return str(folder)
+
+
+def parse_json(text: bytes) -> object:
+    """Return the JSON value in UTF-8 `text`, with or without a byte order mark. Raises: DataError (without a file or line)."""
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer of 5000 digits, brackets 5000 deep
+        raise DataError(f"invalid JSON: {error}") from None
+
+
+def read_lines(path: str | Path) -> list[bytes]:
+    """The lines of a file, as bytes: a U+2028 within a text ends no line. Raises DataError."""
+    try:
+        return Path(path).read_bytes().split(b"\n")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def load_lines(path: str | Path) -> list[Preference]:
+    """Read preferences from JSON Lines of {"query", "responses", "rewards"} and optionally {"subset", "reference", "id"}.
+
+    Returns them in the file's order. Raises DataError that starts with "path:line:", or "path:" if it is about the whole file.
+    """
+    preferences = []
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            record = parse_json(line) if line.strip() else None
+            if isinstance(record, dict) and record.keys() >= {"query", "responses", "rewards"}:
+                preferences.append(Preference(**{field.name: record[field.name] for field in fields(Preference) if field.name in record}))
+            elif line.strip():
+                raise DataError("expected query, responses, rewards; convert it with: "
+                                f"python 01_pointwise_grm.py --data {path} --export OUT.jsonl")
+        except DataError as error:
+            raise DataError(f"{path}:{number}: {error}") from None
+    if not preferences:
+        raise DataError(f"{path}: no records")
+    return preferences
+
+
+@dataclass
+class Trajectory:
+    """A sampled judgement: what was shown, what came out, and whether to train on it. A line of trajectories.jsonl."""
+    item: int  # the item's number in the data
+    query: str | list[dict]
+    responses: list[str]  # in the order shown; so are rewards and scores
+    rewards: list[float]
+    order: list[int]  # responses[i] was the item's response order[i]
+    hinted: bool
+    binary: bool  # single responses are scored 0 or 1 in training
+    reference: str | None = None
+    output: str = ""
+    scores: list[int] | None = None
+    correct: bool = False
+    kept: bool = False
+    reason: str = ""
+
+    def prompt(self, hinted: bool) -> str:
+        """The judge's prompt; hinted: it ends with the truth. What is trained on never is, however it was sampled."""
+        best = self.rewards.index(max(self.rewards)) + 1
+        hint = f"The best response is number {best}." if len(self.rewards) > 1 else f"The right score is {self.rewards[0]:g}."
+        return build_prompt(self.query, self.responses, self.reference, hint if hinted else None, self.binary)
+
+    def line(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+
+
+def show(item: Preference, number: int, seed: str, hinted: bool = False, binary: bool = False) -> Trajectory:
+    """Item `number` with its responses in a random order, which the seed decides: position must say nothing."""
+    order = list(range(len(item.responses)))
+    random.Random(f"{seed} {number}").shuffle(order)
+    return Trajectory(number, item.query, [item.responses[i] for i in order], [item.rewards[i] for i in order], order, hinted, binary, item.reference)
+
+
+def judge(model, tokenizer, shown: list[Trajectory], temperature: float, args, seed: int) -> None:
+    """Let the model judge what is shown: fills in output, scores, correct and, if it cannot be read, reason."""
+    prompts = [encode(tokenizer, t.prompt(t.hinted)) for t in shown]
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize) - args.max_new_tokens
+    fit = [i for i, prompt in enumerate(prompts) if len(prompt) <= longest]
+    for i, [drawn] in zip(fit, sample(model, tokenizer, [prompts[i] for i in fit], 1, temperature, args.max_new_tokens, args.batch_size, seed)):
+        shown[i].output = drawn.text
+    for t, prompt in zip(shown, prompts):
+        judgement = read_judgement(t.output, len(t.responses), t.binary)
+        t.scores, t.correct = judgement.scores, is_correct(judgement.scores, t.rewards)
+        why = judgement.unreadable if len(prompt) <= longest else f"the prompt of {len(prompt)} tokens is too long"
+        t.reason = f"unreadable: {why}" if t.scores is None else ""
+
+
+def append(path: Path, text: str) -> None:
+    if RANK == 0:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def put(path: Path, write) -> None:
+    """Make a file or folder whole or not at all: `write` gets a path aside, which then takes the place of `path`. Rank 0 does; all wait."""
+    if RANK == 0:
+        aside = path.with_name(f"{path.name}.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        write(aside)
+        shutil.rmtree(path, ignore_errors=True)  # does nothing to a file
+        os.replace(aside, path)
+    if RANKS > 1:
+        torch.distributed.barrier()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DataError, ModelError) as error:
+        sys.exit(f"error: {error}")
