@@ -15,13 +15,14 @@ training prompts carry no hint. Nobody labelled a principle or a critique: score
 
 Reads preferences as JSON Lines (01_pointwise_grm.py --export makes them). Writes runs/02_rejective_ft/: trajectories.jsonl (every sampled
 judgement, and why it was kept or not: step 5 learns from it), log.jsonl (one line a step), model/ (all weights, or an adapter that `peft`
-loads), checkpoint.pt (for --resume), results.json. A run prints what was kept and why not, the loss as it falls, and strict accuracy
-(Eq. 10) and accuracy before and after: greedy, one sample at temperature 0.5, 8 samples summed. Departures from the paper: the teacher is the
-model itself unless --teacher names another; general instruction data is mixed in only on demand (--instruct-data); lr and batch fit a small model.
+loads), checkpoint.pt (for --resume), before.jsonl and after.jsonl (the judgements that are measured), results.json. A run prints what was kept
+and why not, the loss as it falls, and strict accuracy (Eq. 10) and accuracy before and after: greedy, one sample at temperature 0.5, 8 samples
+summed. Departures from the paper: the teacher is the model itself unless --teacher names another; general instruction data is mixed in only on
+demand (--instruct-data); learning rate and batch fit a small model.
 
 Exercises
 1. Ablate as in Table 4: --no-hinted, --no-non-hinted, --keep-all. What does each do to the share of kept trajectories, and to the figures?
-2. Run `python tests/tiny/read_judgements.py` on step 1's judgements with --model runs/02_rejective_ft/model and without. What has been learnt?
+2. Run `python tests/tiny/read_judgements.py runs/02_rejective_ft/before.jsonl runs/02_rejective_ft/after.jsonl`. What has been learnt?
 3. A second round: --model runs/02_rejective_ft/model --out runs/round2. What do the rejections look like now, and what is gained?
 """
 from __future__ import annotations
@@ -233,13 +234,19 @@ def token_log_probs(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch
                       for h, t in zip(hidden.split(size), targets.split(size))])
 
 
-def completion_loss(model, examples: list[Example]) -> torch.Tensor:
-    """The sum of -log p over the completions' tokens. Padding is on the right, where a causal model's real tokens never look."""
+def completion_log_probs(model, examples: list[Example]) -> torch.Tensor:
+    """Log-probabilities of the completions' tokens, one example after the other: (tokens of all completions,). Padding is on the right, where a
+    causal model's real tokens never look."""
     width = max(len(prompt) + len(completion) for prompt, completion in examples)
     ids = torch.tensor([prompt + completion + [0] * (width - len(prompt) - len(completion)) for prompt, completion in examples], device=model.device)
     learn = torch.tensor([[len(p) <= column < len(p) + len(c) for column in range(1, width)] for p, c in examples], device=model.device)
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return -token_log_probs(model, hidden[:, :-1][learn], ids[:, 1:][learn]).sum()
+    return token_log_probs(model, hidden[:, :-1][learn], ids[:, 1:][learn])
+
+
+def completion_loss(model, examples: list[Example]) -> torch.Tensor:
+    """What rejective fine-tuning makes small: the sum of -log p over the completions' tokens."""
+    return -completion_log_probs(model, examples).sum()
 
 
 def examples_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
@@ -252,12 +259,14 @@ def examples_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
     return order[first % count:first % count + size]
 
 
-def micro_batches(examples: list[Example], tokens: int) -> list[list[Example]]:
-    """Split into batches of similar length, each of at most `tokens` tokens with its padding (or of one example)."""
+def micro_batches(examples: list, tokens: int) -> list[list]:
+    """Split what starts with a prompt and a completion into batches of similar length, of at most `tokens` tokens with padding (or of one)."""
+    def length(one):
+        return len(one[0]) + len(one[1])
+
     batches = []
-    for one in sorted(examples, key=lambda one: -len(one[0]) - len(one[1])):
-        longest = sum(map(len, batches[-1][0])) if batches else 0
-        if batches and longest * (len(batches[-1]) + 1) <= tokens:
+    for one in sorted(examples, key=length, reverse=True):
+        if batches and length(batches[-1][0]) * (len(batches[-1]) + 1) <= tokens:
             batches[-1].append(one)
         else:
             batches.append([one])
@@ -423,20 +432,23 @@ def open_run(out: Path, settings: dict, resume: bool) -> None:
                             if was else f"--resume: there is no run in {out}")
     else:
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("trajectories.jsonl", "before.json", "checkpoint.pt", "log.jsonl", "results.json"):
+        for name in ("trajectories.jsonl", "hard.json", "before.jsonl", "after.jsonl", "checkpoint.pt", "log.jsonl", "results.json"):
             (out / name).unlink(missing_ok=True)
         put(path, lambda aside: aside.write_text(json.dumps(settings, indent=1) + "\n"))
 
 
-def evaluate(model, tokenizer, items: list[Preference], args) -> dict[str, list]:
-    """Scores of every item in its own order: {"greedy": one, "samples": k of them, shuffled anew for each and put back}; None if unreadable."""
-    def judged(count, temperature, seed):
-        shown = [show(item, number, f"evaluation {i}") for number, item in enumerate(items) for i in range(count)]
-        judge(model, tokenizer, shown, temperature, args, seed)
-        back = [t.scores and [score for _, score in sorted(zip(t.order, t.scores))] for t in shown]
-        return [back[i:i + count] for i in range(0, len(back), count)]
-
-    return {"greedy": [scores for [scores] in judged(1, 0.0, 0)], "samples": judged(args.k, 0.5, args.seed + 10**6)}
+def evaluate(model, tokenizer, items: list[Preference], args, path: Path) -> dict[str, list]:
+    """Judge every item greedily and --k times at temperature 0.5, the responses shuffled anew each time. The judgements are kept in `path`, or
+    read from there. Returns scores in the items' own order, None if unreadable: {"greedy": one per item, "samples": k per item}."""
+    if not path.exists():
+        greedy = [show(item, number, "evaluation") for number, item in enumerate(items)]
+        samples = [show(item, number, f"evaluation {i}") for number, item in enumerate(items) for i in range(args.k)]
+        judge(model, tokenizer, greedy, 0.0, args, 0)
+        judge(model, tokenizer, samples, 0.5, args, args.seed + 10**6)
+        put(path, lambda aside: aside.write_text("".join(t.line() for t in greedy + samples), encoding="utf-8"))
+    judged = [Trajectory(**json.loads(line)) for line in path.read_bytes().split(b"\n")[:-1]]
+    scores = [t.scores and [score for _, score in sorted(zip(t.order, t.scores))] for t in judged]
+    return {"greedy": scores[:len(items)], "samples": [scores[i:i + args.k] for i in range(len(items), len(scores), args.k)]}
 
 
 def compare(items: list[Preference], before: dict, after: dict) -> dict[str, dict[str, float]]:
@@ -445,17 +457,32 @@ def compare(items: list[Preference], before: dict, after: dict) -> dict[str, dic
     def voted(samples):
         return [sum(column) for column in zip(*filter(None, samples))] or None
 
-    ways = {"greedy": lambda run, i: [run["greedy"][i]], "one sample": lambda run, i: run["samples"][i],
-            f"{len(before['samples'][0])} summed": lambda run, i: [voted(run["samples"][i])]}
+    def unreadable(scores, _):
+        return scores is None
+
+    def one(run, i):
+        return run["samples"][i]
+
+    ways = {"greedy": lambda run, i: [run["greedy"][i]], "one sample": one,
+            f"{len(before['samples'][0])} summed": lambda run, i: [voted(one(run, i))]}
+    rows = [(f"{way}, {name}", scores_of, value) for way, scores_of in ways.items()
+            for name, value in (("strict", is_correct), ("accuracy", chance_of_best))]
     figures = {}
-    for way, scores_of in ways.items():
-        for name, value in (("strict", is_correct), ("accuracy", chance_of_best)):
-            old, new = ([sum(value(scores, item.rewards) for scores in scores_of(run, i)) / len(scores_of(run, i)) for i, item in enumerate(items)]
-                        for run in (before, after))
-            row = figures[f"{way}, {name}"] = {}
-            for key, values in (("before", old), ("after", new), ("gain", [b - a for a, b in zip(old, new)])):
-                row[key], row[f"{key}_se"] = mean_and_se(values, [str(item.query) for item in items])
+    for title, scores_of, value in rows + [("one sample, unreadable", one, unreadable)]:
+        old, new = ([sum(value(scores, item.rewards) for scores in scores_of(run, i)) / len(scores_of(run, i)) for i, item in enumerate(items)]
+                    for run in (before, after))
+        row = figures[title] = {}
+        for key, values in (("before", old), ("after", new), ("gain", [b - a for a, b in zip(old, new)])):
+            row[key], row[f"{key}_se"] = mean_and_se(values, [str(item.query) for item in items])
     return figures
+
+
+def table_of(figures: dict) -> str:
+    """The figures of `compare` in percent."""
+    text = f"\n  {'percent +- standard error':<26}{'before':>16}{'after':>16}{'gain':>16}\n"
+    for name, row in figures.items():
+        text += f"  {name:<26}" + "".join(f"{100 * row[key]:8.1f} +- {100 * row[f'{key}_se']:4.1f}" for key in ("before", "after", "gain")) + "\n"
+    return text
 
 
 def main():
@@ -465,7 +492,7 @@ def main():
     option("--quantize", choices=["none", "int8", "nf4"], default="none", help="hold the weights in 8 or 4 bits; then only adapters are trained")
     option("--teacher", help="the model that is sampled; by default --model itself")
     option("--data", default=str(HERE / "tests/tiny/train.jsonl"), help="preferences to sample on, JSON Lines")
-    option("--limit", type=int, default=600, help="use the first so many items of --data")
+    option("--limit", type=int, default=900, help="use the first so many items of --data")
     option("--eval", default=str(HERE / "tests/tiny/eval.jsonl"), help="preferences to measure on before and after, JSON Lines")
     option("--eval-limit", type=int, default=300, help="measure on the first so many items of --eval")
     option("--held-out", action="store_true", help="measure on the last items of --data instead: for choosing hyperparameters")
@@ -512,9 +539,7 @@ def main():
     try:
         trajectories = sample_trajectories(items, args, out)
         model, tokenizer = load_model(args.model, args.quantize)
-        if not (out / "before.json").exists():
-            before = evaluate(model, tokenizer, others, args)
-            put(out / "before.json", lambda aside: aside.write_text(json.dumps(before)))
+        before = evaluate(model, tokenizer, others, args, out / "before.jsonl")
         examples = [example(tokenizer, t.prompt(hinted=False), t.output) for t in trajectories if t.kept]
         if args.instruct_data:
             count = round(len(examples) * args.instruct_share / (1 - args.instruct_share))
@@ -524,18 +549,15 @@ def main():
         put(out / "model", lambda aside: save_model(model, tokenizer, aside, args.model))
         model = None  # its memory is free before what was saved is loaded, which is what is measured
         model, tokenizer = load_model(out / "model", args.quantize)
-        after = evaluate(model, tokenizer, others, args)
+        after = evaluate(model, tokenizer, others, args, out / "after.jsonl")
     except KeyboardInterrupt:
         sys.exit(f"\ninterrupted; go on with: {shlex.join(['python', *sys.argv] + ['--resume'] * (not args.resume))}")
-    before = json.loads((out / "before.json").read_text())
     results = {"figures": compare(others, before, after), "examples": len(examples), "steps": steps, "seconds": time.time() - start,
                "trajectories": Counter(f"{'hinted' if t.hinted else 'not hinted'}, {t.reason.split(':')[0]}" for t in trajectories),
                "settings": vars(args), "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
     put(out / "results.json", lambda aside: aside.write_text(json.dumps(results, indent=1) + "\n"))
-    print(f"\n  {'percent +- standard error':<26}{'before':>16}{'after':>16}{'gain':>16}")
-    for name, row in results["figures"].items():
-        print(f"  {name:<26}" + "".join(f"{100 * row[key]:8.1f} +- {100 * row[f'{key}_se']:4.1f}" for key in ("before", "after", "gain")))
-    print(f"\n{results['seconds']:.0f} s. Everything is in {out}/: model/, trajectories.jsonl, log.jsonl, results.json")
+    print(table_of(results["figures"]))
+    print(f"{results['seconds']:.0f} s. Everything is in {out}/: model/, trajectories.jsonl, log.jsonl, results.json")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------------

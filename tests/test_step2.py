@@ -82,15 +82,17 @@ def test_show_shuffles_and_the_hint_follows():
     assert single == ["(The right score is 0.)", "(The right score is 1.)"]
 
 
-def test_evaluation_puts_the_scores_back(monkeypatch):
+def test_evaluation_puts_the_scores_back_and_keeps_the_judgements(tmp_path, monkeypatch):
     def judge(model, tokenizer, shown, *_):
         for t in shown:
             assert not t.hinted and not t.binary
             t.scores = None if t.item == 1 else [{"a": 1, "b": 2, "c": 3}[response] for response in t.responses]
 
     monkeypatch.setattr(rft, "judge", judge)
-    scores = rft.evaluate(None, None, [ITEM, ITEM], options(k=5))
-    assert scores == {"greedy": [[1, 2, 3], None], "samples": [[[1, 2, 3]] * 5, [None] * 5]}
+    expected = {"greedy": [[1, 2, 3], None], "samples": [[[1, 2, 3]] * 5, [None] * 5]}
+    assert rft.evaluate(None, None, [ITEM, ITEM], options(k=5), tmp_path / "kept.jsonl") == expected
+    monkeypatch.setattr(rft, "judge", None)  # what is kept is not judged again
+    assert rft.evaluate(None, None, [ITEM, ITEM], options(k=5), tmp_path / "kept.jsonl") == expected
 
 
 def test_comparison_by_hand():
@@ -104,7 +106,8 @@ def test_comparison_by_hand():
         ("one sample, strict", "before"): 0.25, ("one sample, strict", "after"): 0.75, ("one sample, strict", "gain"): 0.5,
         ("one sample, accuracy", "before"): 0.5, ("one sample, accuracy", "after"): 0.875, ("one sample, accuracy", "gain"): 0.375,
         ("2 summed, strict", "before"): 0.0, ("2 summed, strict", "after"): 1.0, ("2 summed, strict", "gain"): 1.0,
-        ("2 summed, accuracy", "before"): 0.25, ("2 summed, accuracy", "after"): 1.0, ("2 summed, accuracy", "gain"): 0.75}
+        ("2 summed, accuracy", "before"): 0.25, ("2 summed, accuracy", "after"): 1.0, ("2 summed, accuracy", "gain"): 0.75,
+        ("one sample, unreadable", "before"): 0.25, ("one sample, unreadable", "after"): 0.25, ("one sample, unreadable", "gain"): 0.0}
     # gains 0.5 and 0.5: the paired error is 0, that of either run is not
     assert figures["one sample, strict"]["gain_se"] == 0 and figures["one sample, strict"]["before_se"] == pytest.approx(0.25)
 
@@ -217,7 +220,7 @@ def test_every_adapter_learns_after_sampling_from_4_bits(tmp_path):
     rft.set_trainable(model, options(quantize="nf4"))
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(trainable) == 5 * 7 * 2 and all("lora_" in name for name in trainable)
-    rft.train(model, [learnt(tokenizer, t) for t in shown] * 4, options(quantize="nf4"), tmp_path)
+    rft.train(model, [learnt(tokenizer, t) for t in shown] * 4, rft.completion_loss, options(quantize="nf4"), tmp_path)
     rft.judge(model, tokenizer, shown, 1.0, OPTIONS, 0)  # sampling with adapters must not cut them off either
     rft.completion_loss(model, [learnt(tokenizer, t) for t in shown]).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trainable.values())
@@ -267,7 +270,7 @@ def test_killed_and_resumed_gives_the_same_weights(tmp_path, extra):
         _, told = run(tmp_path, *TINY, "--out", "cut", "--resume", "--lr", 0.5, code=1)
         assert "error: --resume: the run in cut had other settings: lr 0.5 (was" in told and "Traceback" not in told
     run(tmp_path, *TINY, *extra, "--out", "cut", "--resume")
-    for name in (f"model/{weights}", "trajectories.jsonl", "before.json"):
+    for name in (f"model/{weights}", "trajectories.jsonl", "before.jsonl"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     log = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == list(range(1, results["steps"] + 1))

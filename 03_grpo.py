@@ -1,0 +1,1122 @@
+"""Step 3: rule-based online reinforcement learning with GRPO: the judge judges, the truth says right or wrong, and what was right becomes likelier.
+
+Rejective fine-tuning learns from right judgements alone, drawn once. Here the judge draws afresh at every step and learns from the wrong ones too
+(SPCT, arXiv 2504.02495, section 3.2). For a prompt it writes G judgements. The rule gives each +1 if its scores are correct, else -1:
+
+    r_i = +1 if S_j > S_l for all l != j = argmax of the truth (n >= 2), or S_1 = r_1 (n = 1); else -1, unreadable ones too           (Eq. 11)
+
+There is no critic network: the group is its own baseline, A_i = (r_i - mean(r)) / std(r). A group that is all right or all wrong says nothing.
+Every token of judgement i is pushed by A_i, but not far from where it was sampled (clip), nor from the model at the start (KL to the reference):
+
+    L = -1/G sum_i 1/|o_i| sum_t [ min(ratio A_i, clip(ratio, 1 - eps, 1 + eps) A_i) - beta KL ],    ratio = pi / pi_old             (Eq. 15)
+    KL = exp(ref - logp) - (ref - logp) - 1     (k3, Shao et al. 2024: unbiased, never negative)
+
+No reward for the format: the KL term keeps it. What to watch: the reward rises, the share of groups with a signal falls, KL grows slowly, and
+"unreadable" stays near 0; with --beta 0 nothing holds the judge, with --flip-reward it learns to be wrong.
+
+    python 03_grpo.py                                                        the embedded judge after step 2, 2 CPU cores, under 10 minutes
+    python 03_grpo.py --model google/gemma-3-1b-it --quantize nf4 --data train.jsonl --eval eval.jsonl --lr 2e-5 --group-size 4
+    python 03_grpo.py --model runs/02_rejective_ft/model --quantize nf4 --data train.jsonl --eval eval.jsonl --lr 1e-5 --group-size 4 --prompts 128
+
+The last is for 27 billion parameters on one 80 GB GPU; `torchrun --nproc-per-node 8 03_grpo.py ...` shares the same work among eight. Reads
+preferences as JSON Lines. Writes runs/03_grpo/: log.jsonl (one line a step), training.png, model/, checkpoint.pt (for --resume), before.jsonl and
+after.jsonl (the judgements that are measured), results.json. A run prints strict accuracy (Eq. 10) and accuracy before and after: greedy, one
+sample at temperature 0.5, 8 samples summed.
+
+What does RL learn? Look: `python tests/tiny/read_judgements.py runs/03_grpo/before.jsonl runs/03_grpo/after.jsonl`.
+
+Exercises
+1. Predict the curves of --beta 0, --beta 1 and --flip-reward before you run them. Which figure in log.jsonl tells first that something is wrong?
+2. Set --group-size 2 and 16 with --prompts 64 and 8: the same number of judgements. Which share of the groups has a signal, and why?
+3. Add a penalty of 0.005 a token to `reward_of`'s result, in `roll_out`. What do the judgements leave out first, and what does it cost?
+"""
+from __future__ import annotations
+
+import argparse
+import atexit
+import contextlib
+import copy
+import functools
+import json
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import sys
+import time
+import zlib
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import psutil
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+matplotlib.use("Agg")  # draws files, needs no screen
+import matplotlib.pyplot as plt  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+
+
+def reward_of(scores: list[int] | None, rewards: list[float]) -> float:
+    """Eq. 11: +1 for correct scores, -1 for wrong or unreadable (None) ones."""
+    return 1.0 if is_correct(scores, rewards) else -1.0
+
+
+def group_advantages(rewards: list[float]) -> list[float]:
+    """A_i = (r_i - mean(r)) / std(r) within a prompt's group; zeros if all rewards are equal."""
+    mean = sum(rewards) / len(rewards)
+    deviation = math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / len(rewards))
+    return [(reward - mean) / deviation if deviation else 0.0 for reward in rewards]
+
+
+def kl_k3(log_probs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Per token, an estimate of KL(policy || reference) whose mean over the policy's samples is exact: exp(d) - d - 1, d = reference - policy."""
+    difference = reference - log_probs
+    return difference.exp() - difference - 1
+
+
+def surrogate(log_probs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, clip_eps: float) -> torch.Tensor:
+    """Per token, min(ratio A, clip(ratio, 1 - eps, 1 + eps) A): no gain from leaving the trust region, but the full loss. All (tokens,)."""
+    ratio = (log_probs - old).exp()
+    return torch.minimum(ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages)
+
+
+class Rollout(NamedTuple):
+    """A judgement drawn in training, with its advantage. Prompt and output are token ids."""
+    prompt: list[int]
+    output: list[int]
+    reward: float
+    readable: bool
+    advantage: float
+
+
+def roll_out(model, tokenizer, items: list[Preference], numbers: list[int], args, step: int) -> list[Rollout]:
+    """G judgements of each of the items `numbers`, at temperature 1, the responses shuffled per prompt; single responses are scored 0 or 1."""
+    shown = [show(items[number], number, f"{args.seed} {step}", binary=len(items[number].responses) == 1) for number in numbers]
+    prompts = [encode(tokenizer, t.prompt(hinted=False)) for t in shown]
+    rollouts = []
+    for t, prompt, drawn in zip(shown, prompts, sample(model, tokenizer, prompts, args.group_size, 1.0, args.max_new_tokens, args.batch_size,
+                                                       args.seed + step, progress=False)):
+        scores = [read_judgement(output.text, len(t.responses), t.binary).scores for output in drawn]
+        rewards = [reward_of(of_one, t.rewards) * (-1 if args.flip_reward else 1) for of_one in scores]
+        rollouts += [Rollout(prompt, output.ids, *rest) for output, *rest in
+                     zip(drawn, rewards, [of_one is not None for of_one in scores], group_advantages(rewards))]
+    return rollouts
+
+
+class Reference:
+    """The model as it was at the start, for the KL term. With adapters it costs their weights, put in the place of the learnt ones while it is
+    asked; without, a frozen copy of the model."""
+
+    def __init__(self, model):
+        adapters = any(isinstance(module, LoRA) for module in model.modules())
+        self.weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad} if adapters else None
+        self.model = model if adapters else copy.deepcopy(model).requires_grad_(False)
+
+    def swap(self):
+        parameters = dict(self.model.named_parameters())
+        for name in self.weights or ():
+            parameters[name].data, self.weights[name] = self.weights[name], parameters[name].data
+
+    @torch.no_grad()
+    def log_probs(self, examples: list[Example]) -> torch.Tensor:
+        """As completion_log_probs, of the reference."""
+        self.swap()
+        try:
+            return completion_log_probs(self.model, examples)
+        finally:
+            self.swap()
+
+
+def learn(model, reference: Reference, parameters: dict, optimizer, rollouts: list[Rollout], lr: float, step: int, args) -> dict[str, float]:
+    """The update of Eq. 15 on one batch of rollouts, --epochs-per-rollout steps of the optimizer; returns what a student should watch.
+
+    The first pass gives the old log-probabilities (the policy has not moved yet: all ratios are 1); later passes are held against them.
+    """
+    cuda, batches, old, metrics = model.device.type == "cuda", micro_batches(rollouts[RANK::RANKS], args.micro_tokens), {}, {}
+    model.train()
+    for _ in range(args.epochs_per_rollout):
+        sums = Counter()
+        for number, part in enumerate(batches):
+            examples, lengths = [(one.prompt, one.output) for one in part], torch.tensor([len(one.output) for one in part], device=model.device)
+            weight = (1 / lengths / len(rollouts)).repeat_interleave(lengths)  # mean over an output's tokens, then over all outputs
+            advantage = torch.tensor([one.advantage for one in part], device=model.device).repeat_interleave(lengths)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=cuda):
+                log_probs = completion_log_probs(model, examples)
+                if number not in old:
+                    old[number] = log_probs.detach(), reference.log_probs(examples) if args.beta else log_probs.detach()
+            before, ref = old[number]
+            gain, kl = surrogate(log_probs, before, advantage, args.clip_eps), kl_k3(log_probs, ref)
+            loss = -(weight * (gain - args.beta * kl)).sum()
+            loss.backward()
+            clipped = ((log_probs - before).exp() * advantage > gain).float()
+            for name, value in (("loss", loss), ("kl", (weight * kl).sum()), ("clipped", (weight * clipped).sum()),
+                                ("entropy", -(weight * before).sum())):  # -log p of what was drawn: on average the entropy
+                sums[name] += value.item()
+        metrics = dict(zip(sums, total(list(sums.values()))))
+        metrics["norm"] = update(parameters, optimizer, lr, step, metrics["loss"])
+    return metrics
+
+
+def hard_items(model, tokenizer, items: list[Preference], args, out: Path, chunk: int = 256) -> list[int]:
+    """The numbers of the items that the model does not get right in all of --easy samples. Raises DataError if there are none."""
+    path = out / "hard.json"
+    state = json.loads(path.read_text()) if path.exists() else {"seen": 0, "hard": []}
+    for first in range(state["seen"], len(items) if args.easy else 0, chunk):
+        shown = [show(item, number, f"{args.seed} easy {i}", binary=len(item.responses) == 1)
+                 for number, item in enumerate(items[first:first + chunk], first) for i in range(args.easy)]
+        judge(model, tokenizer, shown, 1.0, args, args.seed + first)
+        wrong = {t.item for t in shown if not t.correct and not t.reason.endswith("too long")}
+        state = {"seen": first + chunk, "hard": state["hard"] + sorted(wrong)}
+        put(path, lambda aside, state=state: aside.write_text(json.dumps(state)))
+    hard = state["hard"] if args.easy else list(range(len(items)))
+    if not hard:
+        raise DataError(f"{args.data}: all {len(items)} items are too easy (right in {args.easy} of {args.easy} samples); use others, or --easy 0")
+    print(f"{len(items) - len(hard)} of {len(items)} items are too easy (right in {args.easy} of {args.easy} samples) and left out")
+    return hard
+
+
+def train(model, tokenizer, items: list[Preference], hard: list[int], others: list[Preference], args, out: Path) -> None:
+    """The loop: roll out, reward, advantages, update. Goes on from `out`'s checkpoint if there is one."""
+    reference = Reference(model)
+    parameters, optimizer = start_training(model, args)
+    first = restore(out, model, optimizer)
+    with interruptible() as wish:
+        for step in (bar := tqdm(range(first, args.steps), desc="GRPO", unit=" steps", initial=first, total=args.steps, disable=RANK > 0)):
+            start, lr = time.time(), learning_rate(step, args.steps, args.lr, args.warmup)
+            numbers = [hard[i] for i in examples_of_step(step, len(hard), args.prompts, args.seed)]
+            rollouts = roll_out(model, tokenizer, items, numbers, args, step)
+            groups = [rollouts[i:i + args.group_size] for i in range(0, len(rollouts), args.group_size)]
+            line = {"step": step + 1, "reward": mean_of(one.reward for one in rollouts),
+                    "signal": mean_of(any(one.advantage for one in group) for group in groups),
+                    "unreadable": mean_of(not one.readable for one in rollouts), "length": mean_of(len(one.output) for one in rollouts),
+                    "lr": lr, "seconds_rollout": time.time() - start}
+            start = time.time()
+            line |= learn(model, reference, parameters, optimizer, rollouts, lr, step, args)
+            line["seconds_training"] = time.time() - start
+            if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+                shown = [show(item, number, "evaluation") for number, item in enumerate(others[:args.monitor])]
+                judge(model, tokenizer, shown, 0.0, args, 0)
+                line["eval_strict"] = mean_of(t.correct for t in shown)
+            append(out / "log.jsonl", json.dumps(line) + "\n")
+            bar.set_postfix_str(f"reward {line['reward']:+.2f}, signal {line['signal']:.2f}, KL {line['kl']:.3f}, length {line['length']:.0f}, "
+                                f"unreadable {line['unreadable']:.2f}")
+            save_if_due(out, step + 1, parameters, optimizer, wish, (step + 1) % args.save_every == 0 or step + 1 == args.steps)
+
+
+def mean_of(values) -> float:
+    values = [float(value) for value in values]
+    return sum(values) / len(values)
+
+
+def plot(lines: list[dict], path: Path) -> None:
+    """Reward, KL and greedy strict accuracy over the steps, one above the other."""
+    figure, axes = plt.subplots(3, 1, figsize=(7, 7), sharex=True, constrained_layout=True)
+    steps, width = [line["step"] for line in lines], max(1, len(lines) // 10)
+    rewards = [line["reward"] for line in lines]
+    smooth = [mean_of(rewards[max(0, i - width + 1):i + 1]) for i in range(len(rewards))]
+    axes[0].plot(steps, rewards, color="0.75", linewidth=1, label="each step")
+    axes[0].plot(steps, smooth, color="black", label=f"mean of the last {width}")
+    axes[0].legend(frameon=False)
+    axes[1].plot(steps, [line["kl"] for line in lines], color="black")
+    seen = [(line["step"], 100 * line["eval_strict"]) for line in lines if "eval_strict" in line]
+    axes[2].plot(*zip(*seen), color="black", marker="o")
+    for axis, label in zip(axes, ("mean reward (-1 to 1)", "KL to the reference, per token", "strict accuracy, greedy, %\n(items not trained on)")):
+        axis.set_ylabel(label)
+        axis.grid(color="0.9")
+    axes[2].set_xlabel("step")
+    figure.savefig(path, format="png", dpi=120)
+    plt.close(figure)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    option = parser.add_argument
+    earlier = [path for path in ("runs/02_rejective_ft/model",) if Path(path).exists()]
+    option("--model", default=(earlier + [str(HERE / "tests/tiny/judge")])[0],
+           help="folder, Hub name, GGUF file or LoRA folder (whose adapter is trained on); by default step 2's model, if there is one")
+    option("--quantize", choices=["none", "int8", "nf4"], default="none", help="hold the weights in 8 or 4 bits; then only adapters are trained")
+    option("--data", default=str(HERE / "tests/tiny/train.jsonl"), help="preferences to train on, JSON Lines")
+    option("--limit", type=int, default=1000, help="use the first so many items of --data")
+    option("--eval", default=str(HERE / "tests/tiny/eval.jsonl"), help="preferences to measure on before and after, JSON Lines")
+    option("--eval-limit", type=int, default=300, help="measure on the first so many items of --eval")
+    option("--held-out", action="store_true", help="measure on the last items of --data instead: for choosing hyperparameters")
+    option("--easy", type=int, default=3, help="leave out what is right in all of so many samples; 0 leaves out nothing")
+    option("--steps", type=int, default=80, help="rollouts and updates")
+    option("--prompts", type=int, default=16, help="prompts a step")
+    option("--group-size", type=int, default=8, help="G, judgements of each prompt (the paper's: 4)")
+    option("--epochs-per-rollout", type=int, default=1, help="updates on the same rollouts")
+    option("--beta", type=float, default=0.02, help="weight of the KL term (the paper's: 0.08 for 27B, 0.002 for 16B)")
+    option("--clip-eps", type=float, default=0.2, help="the ratio is clipped to 1 - eps .. 1 + eps")
+    option("--flip-reward", action="store_true", help="reward what is wrong, to see what theory says then happens")
+    option("--lr", type=float, default=5e-4, help="peak learning rate (the paper's: 4e-7 for all weights of a large model)")
+    option("--warmup", type=float, default=0.05, help="share of the steps in which the learning rate rises")
+    option("--lora-r", type=int, help="rank of the adapters, 0 to train all weights; by default 16 if quantized, else 0")
+    option("--micro-tokens", type=int, default=8192, help="tokens of a micro-batch with its padding: lower it if memory runs out in training")
+    option("--max-new-tokens", type=int, default=320, help="longest judgement, in tokens")
+    option("--batch-size", type=int, help="rows sampled together; by default what memory holds")
+    option("--k", type=int, default=8, help="samples that are summed, before and after")
+    option("--eval-every", type=int, default=20, help="steps between looks at the first --monitor held-out items")
+    option("--monitor", type=int, default=150, help="items of such a look")
+    option("--save-every", type=int, default=10, help="steps between checkpoints")
+    option("--resume", action="store_true", help="go on with the run in --out, which must have had the same settings")
+    option("--seed", type=int, default=0, help="of everything")
+    option("--out", default="runs/03_grpo", help="folder for everything that is written")
+    args = parser.parse_args()
+    for wrong, message in ((min(args.limit, args.eval_limit, args.k, args.steps, args.prompts, args.epochs_per_rollout, args.eval_every,
+                                args.monitor, args.save_every, args.max_new_tokens) < 1, "counts must be at least 1"),
+                           (args.group_size < 2, "--group-size must be at least 2: one judgement alone has nothing to be compared with"),
+                           (args.quantize != "none" and args.lora_r == 0, "quantized weights cannot be trained: leave --lora-r 0 out"),
+                           (min(args.beta, args.easy) < 0, "--beta and --easy must not be negative"),
+                           (not (0 < args.lr < math.inf and 0 < args.clip_eps < 1), "--lr must be above 0, --clip-eps between 0 and 1")):
+        if wrong:
+            parser.error(message)
+
+    join_ranks()
+    data = load_lines(args.data)
+    data, others = (data[:-args.eval_limit], data[-args.eval_limit:]) if args.held_out else (data, load_lines(args.eval)[:args.eval_limit])
+    items, others, out, start = data[:args.limit], [p for p in others if len(p.responses) > 1], Path(args.out), time.time()
+    if not items or not others:
+        raise DataError(f"{args.data if not items else args.eval}: no items are left to train on, or none with two responses to measure on")
+    print(f"{args.model} learns from the first {len(items)} of {len(data)} items of {args.data}; measured on {len(others)} others")
+    open_run(out, {name: value for name, value in vars(args).items() if name != "resume"} | {"crc": zlib.crc32(repr(items).encode())}, args.resume)
+    try:
+        model, tokenizer = load_model(args.model, args.quantize)
+        before = evaluate(model, tokenizer, others, args, out / "before.jsonl")
+        hard = hard_items(model, tokenizer, items, args, out)
+        set_trainable(model, args)
+        train(model, tokenizer, items, hard, others, args, out)
+        put(out / "model", lambda aside: save_model(model, tokenizer, aside, args.model))
+        model = None  # its memory is free before what was saved is loaded, which is what is measured
+        model, tokenizer = load_model(out / "model", args.quantize)
+        after = evaluate(model, tokenizer, others, args, out / "after.jsonl")
+    except KeyboardInterrupt:
+        sys.exit(f"\ninterrupted; go on with: {shlex.join(['python', *sys.argv] + ['--resume'] * (not args.resume))}")
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    put(out / "training.png", lambda aside: plot(lines, aside))
+    results = {"figures": compare(others, before, after), "hard": len(hard), "last": lines[-1], "seconds": time.time() - start,
+               "settings": vars(args), "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+    put(out / "results.json", lambda aside: aside.write_text(json.dumps(results, indent=1) + "\n"))
+    print(table_of(results["figures"]))
+    print(f"{results['seconds']:.0f} s. Everything is in {out}/: model/, training.png, log.jsonl, before.jsonl, after.jsonl, results.json")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------------
+# Below: what earlier steps brought, unchanged.
+# ------------------------------------------------------------------------------------------------------------------------------------------
+
+class DataError(ValueError):
+    """A preference record or file that cannot be used; the message names the file, the line and what to do."""
+
+
+class ModelError(RuntimeError):
+    """A model that cannot be loaded or does not fit; the message says what to do."""
+
+
+# `torchrun --nproc-per-node N` starts N processes, one per GPU, and tells each its rank; alone we are rank 0 of 1.
+RANK = int(os.environ.get("RANK", 0))
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_ranks() -> None:
+    """Connect to the other ranks, if there are any. All of them run the same script on shares of the same work; rank 0 alone prints and writes."""
+    if RANKS > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(torch.distributed.destroy_process_group)
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+
+
+@dataclass
+class Preference:
+    """A query, n >= 1 responses and their ground-truth rewards. Making one that is malformed raises DataError (without a file or line)."""
+    query: str | list[dict]  # the user's only turn, or [{"role": "user" | "assistant" | "system", "content": str}, ...] up to their last
+    responses: list[str]
+    rewards: list[float]  # one per response; exactly one maximum when n >= 2
+    subset: str = ""
+    reference: str | None = None
+    id: str = ""
+
+    def __post_init__(self):
+        turns = self.query if isinstance(self.query, list) else [{"role": "user", "content": self.query}]
+        if not all(isinstance(turn, dict) and turn.keys() == {"role", "content"} and turn["role"] in ("user", "assistant", "system")
+                   and isinstance(turn["content"], str) for turn in turns):
+            raise DataError("the query is neither text nor a list of messages {role: user, assistant or system; content: text}")
+        if not turns or turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
+            raise DataError("the query is empty or does not end with the user's turn")
+        self.query = turns[0]["content"] if len(turns) == 1 else turns
+        if not isinstance(self.responses, list) or not self.responses or not all(isinstance(r, str) and r.strip() for r in self.responses):
+            raise DataError("the responses are not a list of texts, at least one and none of them empty")
+        # `type`, for True is an int to isinstance; the bound is false for NaN, infinities and integers beyond any float
+        if not isinstance(self.rewards, list) or not all(type(r) in (int, float) and abs(r) <= sys.float_info.max for r in self.rewards):
+            raise DataError("the rewards are not a list of finite numbers")
+        if len(self.rewards) != len(self.responses):
+            raise DataError(f"{len(self.responses)} responses but {len(self.rewards)} rewards")
+        self.rewards = [float(reward) for reward in self.rewards]
+        if self.rewards.count(max(self.rewards)) > 1:
+            raise DataError("a tie: more than one response has the best reward")
+        if not isinstance(self.subset, str) or not isinstance(self.id, str) or not isinstance(self.reference, str | None):
+            raise DataError("subset, id or reference is not text")
+        try:
+            json.dumps(vars(self), ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # JSON can escape half a surrogate pair, which no UTF-8 file and no tokenizer takes
+            raise DataError("a text holds half a character (a lone surrogate, such as \\ud800)") from None
+
+
+# The prompt's parts in the order in which they appear. It is the only thing that a language model knows about being a judge.
+TASK = ("Judge each response to the conversation. Write the specific criteria that matter here with their weights, analyse every response "
+        "against them, then score it.")
+TASK_WITHOUT_PRINCIPLES = "Judge each response to the conversation. Analyse every response, then score it."
+SCALE = "Scores run from 1 (fails altogether) through 6 (meets some criteria) to 10 (meets all criteria). Be strict; analyse before you score."
+SCALE_BINARY = "The score is 1 if the response is correct and 0 if it is not. Be strict; analyse before you score."
+GENERAL_CRITERIA = "General criteria: following instructions, usefulness, detail, relevance."
+MARKER = re.compile(r"\[(?=\s*(?:conversation|reference|response)[^\[\]]*(?:begins|ends)\s*\])", re.IGNORECASE)
+
+
+def block(name: str, text: str) -> str:
+    """`text` between its own begin and end markers. It is untrusted: a marker inside it loses its bracket, so it cannot close the block."""
+    return f"[{name} begins]\n{MARKER.sub('(', text)}\n[{name} ends]\n"
+
+
+def build_prompt(query: str | list[dict], responses: list[str], reference: str | None = None, hint: str | None = None, binary: bool = False,
+                 principles: bool = True, form: bool = True) -> str:
+    """The judge's prompt for a conversation and its responses, numbered from 1.
+
+    Args:
+        query: the user's turn, or a conversation of {"role", "content"} messages. responses: n >= 1 texts.
+        reference: a reference answer to judge against (E.1.3). hint: a last line that gives the truth away, for hinted sampling (section 3.2).
+        binary: scores 0 and 1 instead of 1..10, for single responses in training. principles: False leaves the criteria out (Table 4).
+        form: False leaves out the form of the answer, which a base model would copy; its worked examples show it.
+    """
+    turns = [{"role": "user", "content": query}] if isinstance(query, str) else query
+    parts = [f"{TASK if principles else TASK_WITHOUT_PRINCIPLES}\n{SCALE_BINARY if binary else SCALE}\n{GENERAL_CRITERIA}\n",
+             block("Conversation", "\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns))]
+    if reference is not None:
+        parts.append(block("Reference answer", reference))
+    parts += [block(f"Response {number}", response) for number, response in enumerate(responses, 1)]
+    if form:
+        parts.append("Answer in this form:\n" + "Specific Criteria: each criterion and its weight\n" * principles
+                     + "Analysis: each response against each criterion\n"
+                     + "Scores: \\boxed{" + ", ".join(f"s{number}" for number in range(1, len(responses) + 1)) + "}")
+    return "\n".join(parts) + (f"\n({hint})" if hint else "")
+
+
+@functools.cache
+def control_tokens(tokenizer) -> list[str]:
+    """The texts of a tokenizer's special tokens, such as "<end_of_turn>"."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special and len(token.content) > 1]
+
+
+def encode(tokenizer, prompt: str, shots: list[tuple[str, str]] = ()) -> list[int]:
+    """Token ids of a prompt, up to where the judgement begins: in the tokenizer's chat template if it has one, else as plain text; BOS once.
+
+    shots: worked (prompt, judgement) pairs that come first, for base models, which were never taught to follow instructions.
+    Control tokens spelled out in the text ("<end_of_turn>") are broken up, so that no response can end the user's turn.
+    """
+    turns = [text for shot in shots for text in shot] + [prompt]
+    for token in control_tokens(tokenizer):
+        turns = [turn.replace(token, f"{token[0]} {token[1:]}") for turn in turns]
+    if tokenizer.chat_template is None:
+        return tokenizer("\n\n".join(turns) + "\n\n")["input_ids"]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written BOS
+
+
+@dataclass
+class Judgement:
+    """What one output says: its principles and critique, and one score per response, or None and the reason why they are unreadable."""
+    principles: str
+    critique: str
+    scores: list[int] | None
+    unreadable: str = ""
+
+
+def read_judgement(text: str, n: int, binary: bool = False) -> Judgement:
+    """Take an output apart (Eq. 7: extract). Scores are the last box, exactly n integers in 1..10 (0..1 if binary); never raises."""
+    labels, start = {}, 0
+    for label in ("Specific Criteria", "Analysis", "Scores"):  # each at the start of a line, perhaps as a heading or in bold
+        if match := re.compile(rf"^[ \t#*_]*{label}[ *_]*:", re.IGNORECASE | re.MULTILINE).search(text, start):
+            labels[label], start = match, match.end()
+
+    def part(label):
+        if label not in labels:
+            return ""
+        end = min((later.start() for later in labels.values() if later.start() > labels[label].start()), default=len(text))
+        return text[labels[label].end():end].strip("*_# \n")
+
+    principles, critique = part("Specific Criteria"), part("Analysis")
+    low, high = (0, 1) if binary else (1, 10)
+    boxes = re.findall(r"\\boxed\s*\{([^{}]*)(\}?)", text)
+    if not boxes:
+        return Judgement(principles, critique, None, "no \\boxed{...}")
+    content, closed = boxes[-1]
+    entries = [entry.strip("*_`$ \t\n") for entry in content.split(",")]
+    if not closed:
+        reason = "the last box is not closed"
+    elif len(entries) != n:
+        reason = f"{len(entries)} scores for {n} responses"
+    elif not all(re.fullmatch("[0-9]{1,2}", entry) for entry in entries):
+        reason = "a score is not a whole number"
+    elif not all(low <= int(entry) <= high for entry in entries):
+        reason = f"a score is outside {low}..{high}"
+    else:
+        return Judgement(principles, critique, [int(entry) for entry in entries])
+    return Judgement(principles, critique, None, reason)
+
+
+@dataclass
+class Sample:
+    """A completion: its token ids (with the end token, if it came) and its text without special tokens."""
+    ids: list[int]
+    text: str
+
+
+class Decoder:
+    """A batch in flight: the fixed buffers that a decode step reads and writes in place.
+
+    Prompts are padded on the left, so every row writes its next token to the same `column`. The decoder passes itself to the model as the
+    cache: in the prefill, attention layers leave their keys and values here by `update`; in a step, each adds one column and gets back the
+    first `visible` ones to look at. Sliding-window layers keep all columns too and the mask hides the old ones: more memory than a rolling
+    window, but nothing to move. In a step only the buffers change, and `visible` is set from outside, so it could be captured in a CUDA graph.
+    """
+
+    def __init__(self, model, prompts: list[tuple[int, ...]], rows: list[int], temperature: float, max_new_tokens: int, stop_ids: list[int],
+                 pad_id: int, generator: torch.Generator):
+        """prompts: distinct, each prefilled once. rows: for each sample, the number of its prompt."""
+        device, config = model.device, model.config.get_text_config()
+        self.model, self.temperature, self.generator, self.pad_id = model, temperature, generator, pad_id
+        self.window = getattr(config, "sliding_window", None)
+        self.mixed_layers = getattr(config, "layer_types", None) is not None  # Gemma 2 and 3: sliding and full attention
+        # Prefill: each distinct prompt once, a few thousand tokens at a time.
+        self.width = self.visible = max(map(len, prompts))
+        ids = torch.tensor([[pad_id] * (self.width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+        padding = torch.tensor([[self.width - len(prompt)] for prompt in prompts], device=device)
+        self.columns = torch.arange(self.width + max_new_tokens, device=device)
+        self.column, logits, keys, values = None, [], {}, {}
+        for part in torch.arange(len(prompts), device=device).split(max(1, 8192 // self.width)):
+            self.real, self.keys, self.values, columns = self.columns >= padding[part], {}, {}, self.columns[:self.width]
+            logits.append(self.forward(ids[part], (columns - padding[part]).clamp(min=0), columns))
+            for layer in self.keys:
+                keys.setdefault(layer, []).append(self.keys[layer])
+                values.setdefault(layer, []).append(self.values[layer])
+        # Expand: a row for each sample, with its own copy of the prompt's keys and values and room for what it will write.
+        rows = torch.tensor(rows, device=device)
+        for prefixes, cache in ((keys, self.keys), (values, self.values)):
+            for layer in cache:
+                prefix = torch.cat(prefixes.pop(layer))
+                cache[layer] = prefix.new_zeros(len(rows), prefix.shape[1], len(self.columns), prefix.shape[3])
+                cache[layer][:, :, :self.width] = prefix[rows]
+        self.real, self.logits, self.position = self.columns >= padding[rows], torch.cat(logits)[rows], self.width - 1 - padding[rows]
+        self.column = torch.tensor([self.width], device=device)
+        self.output = torch.full((len(rows), max_new_tokens), pad_id, device=device)
+        self.finished = torch.zeros(len(rows), 1, dtype=torch.bool, device=device)
+        self.stop_ids = torch.tensor(stop_ids, device=device)
+
+    def update(self, key, value, layer, *_, **__):
+        """Store a layer's new keys and values (rows, kv_heads, columns, head_dim); returns all that attention may look at."""
+        if self.column is None:  # prefill
+            self.keys[layer], self.values[layer] = key, value
+            return key, value
+        self.keys[layer].index_copy_(2, self.column, key)
+        self.values[layer].index_copy_(2, self.column, value)
+        return self.keys[layer][:, :, :self.visible], self.values[layer][:, :, :self.visible]
+
+    def get_seq_length(self, *_):
+        return 0  # transformers asks in order to make masks and positions, which we pass
+
+    def forward(self, ids, position, columns):
+        """Logits (rows, vocabulary) after the last of the tokens `ids` (rows, new), which stand at `columns` (new,)."""
+        visible = self.columns[:self.visible]
+        seen = self.real[:, None, None, :self.visible] & (visible <= columns[:, None])
+        lowest = torch.finfo(self.model.dtype).min
+        mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=seen.device).masked_fill(~seen, lowest)
+        if self.mixed_layers:
+            window = self.window or len(self.columns)
+            mask = {"full_attention": mask, "sliding_attention": mask.masked_fill(visible <= columns[:, None] - window, lowest)}
+        return self.model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=self, use_cache=True,
+                          logits_to_keep=1).logits[:, -1]
+
+    def step(self):
+        """Draw a token for every row and run the model on it. Nothing waits for the device."""
+        scores = self.logits.float()
+        if self.temperature > 0:  # Gumbel-max: argmax(logits / T + Gumbel noise) is a draw from softmax(logits / T)
+            scores = scores / self.temperature - torch.empty_like(scores).exponential_(generator=self.generator).log()
+        token = scores.argmax(-1, keepdim=True).masked_fill(self.finished, self.pad_id)
+        self.output.index_copy_(1, self.column - self.width, token)
+        self.finished |= (token == self.stop_ids).any(-1, keepdim=True)
+        self.position += 1
+        self.logits.copy_(self.forward(token, self.position, self.column))
+        self.column += 1
+
+    def keep(self, rows: list[int]):
+        """Drop all other rows."""
+        rows = torch.tensor(rows, device=self.real.device)
+        for cache in (self.keys, self.values):
+            for layer in cache:
+                cache[layer] = cache[layer][rows]
+        for name in ("logits", "real", "position", "output", "finished"):
+            setattr(self, name, getattr(self, name)[rows])
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: float = 1.0, max_new_tokens: int = 512,
+           batch_size: int | None = None, seed: int = 0, stop: str | None = None, progress: bool = True) -> list[list[Sample]]:
+    """Draw n completions of every prompt.
+
+    Args:
+        prompts: token ids, as from `encode`; equal prompts are prefilled once. temperature: 0 is greedy. max_new_tokens: at most so many.
+        batch_size: rows decoded together (default: what free memory holds); halved when memory runs out, and what is done stays done.
+        stop: cut a completion off before this text. seed: the same arguments draw the same samples. progress: show a bar.
+    Ranks deal the distinct prompts out among themselves, and each gets all samples.
+    Returns n samples for each prompt, in the order of `prompts`. Raises ModelError if not even one row fits into memory.
+    """
+    model.eval()
+    end = model.generation_config.eos_token_id
+    stop_ids = sorted({*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id} - {None})
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
+    generator = torch.Generator(model.device).manual_seed(seed + 10**9 * RANK)
+    # Longest first: neighbours in a batch need little padding, and memory runs out at once or never.
+    queue = [(tuple(prompt), slot) for slot, prompt in enumerate(prompt for prompt in prompts for _ in range(n))]
+    queue.sort(key=lambda entry: (-len(entry[0]), entry))
+    samples, tokens, start = [None] * len(queue), 0, time.time()
+    dealt = {prompt: number % RANKS for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in queue))}
+    queue = [entry for entry in queue if dealt[entry[0]] == RANK]
+    with tqdm(total=len(queue), desc="sampling", unit=" samples", disable=not progress or RANK > 0) as bar:
+        while queue:
+            batch = queue[:batch_size or rows_that_fit(model, len(queue[0][0]) + max_new_tokens)]
+            try:
+                distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in batch))}
+                decoder = Decoder(model, list(distinct), [distinct[prompt] for prompt, _ in batch], temperature, max_new_tokens, stop_ids, pad_id,
+                                  generator)
+                slots, count = [slot for _, slot in batch], 0
+                while slots:
+                    for _ in range(min(16, max_new_tokens - count)):
+                        count += 1
+                        decoder.visible = min(len(decoder.columns), -(-(decoder.width + count) // 64) * 64)  # grows by 64
+                        decoder.step()
+                    finished, outputs = decoder.finished[:, 0].tolist(), decoder.output[:, :count].tolist()  # the one look at the device
+                    if stop:
+                        finished = [over or stop in tokenizer.decode(ids) for over, ids in zip(finished, outputs)]
+                    if count == max_new_tokens:
+                        finished = [True] * len(slots)
+                    if 4 * sum(finished) < len(slots):  # moving the rows costs a copy: not for a few
+                        continue
+                    for slot, ids, over in zip(slots, outputs, finished):
+                        if over:
+                            samples[slot] = finish(tokenizer, ids, stop_ids, stop)
+                            tokens += len(samples[slot].ids)
+                    bar.update(sum(finished))
+                    bar.set_postfix_str(f"{tokens / (time.time() - start):,.0f} tokens/s")
+                    alive = [row for row, over in enumerate(finished) if not over]
+                    slots = [slots[row] for row in alive]
+                    if slots:
+                        decoder.keep(alive)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what the CPU's allocator raises
+                if "memory" not in str(error):
+                    raise
+                if len(batch) == 1:
+                    raise ModelError(f"not enough memory for one row of {len(batch[0][0]) + max_new_tokens} tokens: shorten --max-new-tokens, "
+                                     "or load the model with --quantize nf4") from None
+                batch_size = len(batch) // 2
+                bar.write(f"out of memory with {len(batch)} rows; going on with {batch_size}")
+            decoder = None  # its buffers are free before the next ones are made
+            queue = [entry for entry in queue if samples[entry[1]] is None]
+    if RANKS > 1:
+        torch.distributed.all_gather_object(parts := [None] * RANKS, samples)
+        samples = [next(filter(None, of_slot)) for of_slot in zip(*parts)]
+    return [samples[i:i + n] for i in range(0, len(samples), n)]
+
+
+def finish(tokenizer, ids: list[int], stop_ids: list[int], stop: str | None) -> Sample:
+    """Cut a row of output after its end token, and before the text `stop`."""
+    end = next((i + 1 for i, token in enumerate(ids) if token in stop_ids), len(ids))
+    text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+    if stop and stop in text:
+        text = text[:text.index(stop)]
+        while stop in tokenizer.decode(ids[:end - 1], skip_special_tokens=True):
+            end -= 1
+    return Sample(ids[:end], text)
+
+
+def rows_that_fit(model, columns: int) -> int:
+    """How many rows of `columns` tokens half of the free memory holds: keys and values, and a few copies of a row's logits."""
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    row = 2 * config.num_hidden_layers * heads * head_dim * columns * model.dtype.itemsize + 16 * config.vocab_size
+    if model.device.type == "cuda":
+        return max(1, min(1024, torch.cuda.mem_get_info()[0] // 2 // row))
+    return max(1, min(256, psutil.virtual_memory().available // 2 // row))
+
+
+class LoRA(torch.nn.Module):
+    """A linear layer with a low-rank correction: y = base(x) + alpha / r * B(A(x)). base may be quantized; A is (r, in), B is (out, r)."""
+
+    def __init__(self, base: torch.nn.Module, r: int, alpha: float):
+        super().__init__()
+        self.base, self.scaling = base, alpha / r
+        self.lora_A = torch.nn.Linear(base.in_features, r, bias=False, device=base.weight.device, dtype=torch.float32)
+        self.lora_B = torch.nn.Linear(r, base.out_features, bias=False, device=base.weight.device, dtype=torch.float32)
+        torch.nn.init.zeros_(self.lora_B.weight)  # starts as the base alone
+
+    def forward(self, x):
+        return self.base(x) + (self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))) * self.scaling).to(x.dtype)
+
+
+def add_lora(model, targets: list[str], r: int, alpha: float) -> None:
+    """Wrap every linear layer whose name ends in one of `targets` ("q_proj", ...) and freeze everything but the adapters."""
+    model.requires_grad_(False)
+    for name, module in list(model.named_modules()):
+        if name.split(".")[-1] in targets:
+            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], LoRA(module, r, alpha))
+
+
+def load_model(name: str | Path, quantize: str = "none"):
+    """Load a causal language model and its tokenizer; bfloat16 on CUDA, float32 on the CPU; safetensors only, no remote code.
+
+    Args:
+        name: a folder, a Hub name, a GGUF file (converted once, kept in ~/.cache/spct), or a folder with a LoRA adapter in PEFT's format.
+        quantize: "nf4" (4 bits, double quantization: about 0.55 bytes a weight), "int8", or "none". Embeddings stay as they are.
+    Raises ModelError with what to do: log in for a gated model, pick another quantization, install a package.
+    """
+    name = str(name)
+    adapter = Path(name, "adapter_config.json")
+    if adapter.exists():
+        config = json.loads(adapter.read_text())
+        if config.get("use_rslora") or config.get("use_dora") or not isinstance(config["target_modules"], list):
+            raise ModelError(f"{name}: only plain LoRA with a list of target_modules can be read; merge the adapter into its base with peft")
+        model, tokenizer = load_model(config["base_model_name_or_path"], quantize)
+        add_lora(model, config["target_modules"], config["r"], config["lora_alpha"])
+        from safetensors.torch import load_file
+        weights = load_file(Path(name, "adapter_model.safetensors"))
+        weights = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
+        _, unknown = model.load_state_dict(weights, strict=False)
+        if unknown or not weights:
+            raise ModelError(f"{name}: the adapter does not fit its base model {config['base_model_name_or_path']}: {unknown[:1]}")
+        return model, tokenizer
+    cuda = torch.cuda.is_available()
+    device, dtype = (f"cuda:{torch.cuda.current_device()}", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    config = {"none": None, "int8": BitsAndBytesConfig(load_in_8bit=True),
+              "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
+    try:
+        if name.endswith(".gguf"):
+            name = convert_gguf(Path(name))
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, quantization_config=config[quantize], use_safetensors=True,
+                                                     trust_remote_code=False, device_map={"": device} if quantize != "none" else None)
+        model = model.to(device) if quantize == "none" else model
+    except (OSError, ValueError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        if "gated" in str(error).lower():
+            raise ModelError(f"{name} is gated: accept its terms on its page of the Hub, then run `hf auth login`") from None
+        raise ModelError(f"cannot load the model {name}: {first}") from None
+    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+        if "memory" not in str(error):
+            raise
+        raise ModelError(f"not enough memory on {device} for {name}: try --quantize nf4 (a quarter of bfloat16) or a smaller model") from None
+    for module in model.modules():  # on some CPUs, sampling would repack 4-bit weights into a form that has no gradient
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+    return model.eval(), tokenizer
+
+
+def mean_and_se(values: list[float], clusters: list) -> tuple[float, float]:
+    """Mean and its standard error; values of one cluster (the same query) may depend on each other. (nan, nan) of nothing."""
+    if not values:
+        return math.nan, math.nan
+    mean, sums = sum(values) / len(values), {}
+    for value, cluster in zip(values, clusters):
+        sums[cluster] = sums.get(cluster, 0.0) + value - mean
+    correction = len(sums) / (len(sums) - 1) if len(sums) > 1 else math.nan
+    return mean, math.sqrt(correction * sum(s * s for s in sums.values())) / len(values)
+
+
+def is_correct(scores: list[float] | None, rewards: list[float]) -> bool:
+    """Eq. 10: S_j > S_i for all i != j = argmax r; for a single response S_1 = r_1. Unreadable scores (None) are not correct."""
+    if scores is None:
+        return False
+    if len(rewards) == 1:
+        return scores[0] == rewards[0]
+    best = rewards.index(max(rewards))
+    return all(scores[best] > score for i, score in enumerate(scores) if i != best)
+
+
+def chance_of_best(scores: list[float] | None, rewards: list[float]) -> float:
+    """Chance that the argmax of scores, ties broken by a fair coin, is the best of n >= 2 responses; unreadable scores tie all."""
+    scores = [0] * len(rewards) if scores is None else scores
+    return float(scores[rewards.index(max(rewards))] == max(scores)) / scores.count(max(scores))
+
+
+def convert_gguf(path: Path) -> str:
+    """Dequantize a GGUF file into a Hugging Face folder, once; returns the folder. The minute goes into parsing the vocabulary."""
+    if not path.is_file():
+        raise ModelError(f"there is no file {path}")
+    try:
+        import gguf  # noqa: F401  (transformers needs it and is less clear about it)
+    except ImportError:
+        raise ModelError("reading a GGUF file needs the package gguf: pip install gguf") from None
+    folder = Path(os.environ.get("SPCT_CACHE", "~/.cache/spct")).expanduser() / f"{path.stem}-{path.stat().st_size}-{int(path.stat().st_mtime)}"
+    if not folder.exists():
+        print(f"converting {path.name}, once, into {folder}")
+        aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")  # so that an interrupted conversion is never taken for a whole one
+        # Newer versions of transformers can keep GGUF's own quantization and have to be told not to.
+        plain = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+        try:
+            parts = (AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16, **plain),
+                     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name))
+        except Exception as error:  # a broken file fails in the parser in more ways than one can list
+            raise ModelError(f"{path} cannot be read as a GGUF model: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+        for part in parts:
+            part.save_pretrained(aside)
+        os.replace(aside, folder)
+    return str(folder)
+
+
+def parse_json(text: bytes) -> object:
+    """Return the JSON value in UTF-8 `text`, with or without a byte order mark. Raises: DataError (without a file or line)."""
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer of 5000 digits, brackets 5000 deep
+        raise DataError(f"invalid JSON: {error}") from None
+
+
+def read_lines(path: str | Path) -> list[bytes]:
+    """The lines of a file, as bytes: a U+2028 within a text ends no line. Raises DataError."""
+    try:
+        return Path(path).read_bytes().split(b"\n")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def load_lines(path: str | Path) -> list[Preference]:
+    """Read preferences from JSON Lines of {"query", "responses", "rewards"} and optionally {"subset", "reference", "id"}.
+
+    Returns them in the file's order. Raises DataError that starts with "path:line:", or "path:" if it is about the whole file.
+    """
+    preferences = []
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            record = parse_json(line) if line.strip() else None
+            if isinstance(record, dict) and record.keys() >= {"query", "responses", "rewards"}:
+                preferences.append(Preference(**{field.name: record[field.name] for field in fields(Preference) if field.name in record}))
+            elif line.strip():
+                raise DataError("expected query, responses, rewards; convert it with: "
+                                f"python 01_pointwise_grm.py --data {path} --export OUT.jsonl")
+        except DataError as error:
+            raise DataError(f"{path}:{number}: {error}") from None
+    if not preferences:
+        raise DataError(f"{path}: no records")
+    return preferences
+
+
+@dataclass
+class Trajectory:
+    """A sampled judgement: what was shown, what came out, and whether to train on it. A line of trajectories.jsonl."""
+    item: int  # the item's number in the data
+    query: str | list[dict]
+    responses: list[str]  # in the order shown; so are rewards and scores
+    rewards: list[float]
+    order: list[int]  # responses[i] was the item's response order[i]
+    hinted: bool
+    binary: bool  # single responses are scored 0 or 1 in training
+    reference: str | None = None
+    output: str = ""
+    scores: list[int] | None = None
+    correct: bool = False
+    kept: bool = False
+    reason: str = ""
+
+    def prompt(self, hinted: bool) -> str:
+        """The judge's prompt; hinted: it ends with the truth. What is trained on never is, however it was sampled."""
+        best = self.rewards.index(max(self.rewards)) + 1
+        hint = f"The best response is number {best}." if len(self.rewards) > 1 else f"The right score is {self.rewards[0]:g}."
+        return build_prompt(self.query, self.responses, self.reference, hint if hinted else None, self.binary)
+
+    def line(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+
+
+def show(item: Preference, number: int, seed: str, hinted: bool = False, binary: bool = False) -> Trajectory:
+    """Item `number` with its responses in a random order, which the seed decides: position must say nothing."""
+    order = list(range(len(item.responses)))
+    random.Random(f"{seed} {number}").shuffle(order)
+    return Trajectory(number, item.query, [item.responses[i] for i in order], [item.rewards[i] for i in order], order, hinted, binary, item.reference)
+
+
+def judge(model, tokenizer, shown: list[Trajectory], temperature: float, args, seed: int) -> None:
+    """Let the model judge what is shown: fills in output, scores, correct and, if it cannot be read, reason."""
+    prompts = [encode(tokenizer, t.prompt(t.hinted)) for t in shown]
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize) - args.max_new_tokens
+    fit = [i for i, prompt in enumerate(prompts) if len(prompt) <= longest]
+    for i, [drawn] in zip(fit, sample(model, tokenizer, [prompts[i] for i in fit], 1, temperature, args.max_new_tokens, args.batch_size, seed)):
+        shown[i].output = drawn.text
+    for t, prompt in zip(shown, prompts):
+        judgement = read_judgement(t.output, len(t.responses), t.binary)
+        t.scores, t.correct = judgement.scores, is_correct(judgement.scores, t.rewards)
+        why = judgement.unreadable if len(prompt) <= longest else f"the prompt of {len(prompt)} tokens is too long"
+        t.reason = f"unreadable: {why}" if t.scores is None else ""
+
+
+Example = tuple[list[int], list[int]]  # token ids of a prompt, and of the completion to learn with its end token
+
+
+LOGITS_AT_ONCE = 2**25  # 128 MB in float32
+
+
+def token_log_probs(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (tokens,) of `targets` (tokens,) after the hidden states (tokens, width).
+
+    Gemma's vocabulary has 262,144 entries: logits of 2048 tokens take 2 GB, and their gradient as much again. So they are computed for a few
+    tokens at a time, forgotten, and computed again in the backward pass: memory grows with neither batch nor length, time by one product.
+    """
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2
+
+    def of_chunk(hidden, targets):
+        logits = model.get_output_embeddings()(hidden).float()
+        logits = cap * torch.tanh(logits / cap) if cap else logits
+        return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+    size = max(1, LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
+    return torch.cat([checkpoint(of_chunk, h, t, use_reentrant=False, preserve_rng_state=False)
+                      for h, t in zip(hidden.split(size), targets.split(size))])
+
+
+def completion_log_probs(model, examples: list[Example]) -> torch.Tensor:
+    """Log-probabilities of the completions' tokens, one example after the other: (tokens of all completions,). Padding is on the right, where a
+    causal model's real tokens never look."""
+    width = max(len(prompt) + len(completion) for prompt, completion in examples)
+    ids = torch.tensor([prompt + completion + [0] * (width - len(prompt) - len(completion)) for prompt, completion in examples], device=model.device)
+    learn = torch.tensor([[len(p) <= column < len(p) + len(c) for column in range(1, width)] for p, c in examples], device=model.device)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return token_log_probs(model, hidden[:, :-1][learn], ids[:, 1:][learn])
+
+
+def examples_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
+    """Which of `count` examples a step takes: epoch after epoch, each in its own order. It follows from the step alone: nothing to save."""
+    first, order = step * size, []
+    for epoch in range(first // count, (first + size - 1) // count + 1):
+        numbers = list(range(count))
+        random.Random(f"{seed} {epoch}").shuffle(numbers)
+        order += numbers
+    return order[first % count:first % count + size]
+
+
+def micro_batches(examples: list, tokens: int) -> list[list]:
+    """Split what starts with a prompt and a completion into batches of similar length, of at most `tokens` tokens with padding (or of one)."""
+    def length(one):
+        return len(one[0]) + len(one[1])
+
+    batches = []
+    for one in sorted(examples, key=length, reverse=True):
+        if batches and length(batches[-1][0]) * (len(batches[-1]) + 1) <= tokens:
+            batches[-1].append(one)
+        else:
+            batches.append([one])
+    return batches
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear warm-up over the first share `warmup` of the steps, then a cosine down to a tenth of the peak."""
+    rise = max(1, round(warmup * steps))
+    return peak * min((step + 1) / rise, 0.55 + 0.45 * math.cos(math.pi * max(0, step - rise) / max(1, steps - rise)))
+
+
+def start_training(model, args):
+    """What is to be learnt, by name, and an optimizer for it: AdamW, with its state in 8 bits for a quantized model on CUDA."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if model.device.type == "cuda":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if model.device.type == "cuda" and args.quantize != "none":
+        from bitsandbytes.optim import AdamW8bit as AdamW
+    else:
+        from torch.optim import AdamW
+    model.train()
+    return parameters, AdamW(parameters.values(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def update(parameters: dict, optimizer, lr: float, step: int, loss: float) -> float:
+    """Take a step along the gradient, summed over the ranks and clipped to norm 1; returns the norm before. Raises ModelError if not finite."""
+    for parameter in parameters.values() if RANKS > 1 else ():
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.distributed.all_reduce(parameter.grad)
+    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0).item()
+    if not math.isfinite(loss + norm):
+        raise ModelError(f"step {step + 1}: the loss is {loss} and the gradient's norm {norm} at learning rate {lr:.2g}; try --lr {lr / 3:.1g}")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def total(values: list[float]) -> list[float]:
+    """Each value summed over the ranks."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    if RANKS > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor.tolist()
+
+
+@contextlib.contextmanager
+def interruptible():
+    """Within it, the first Ctrl-C is only put down in the list that it gives, to be obeyed between two steps; the second one kills."""
+    wish = []
+    handler = signal.signal(signal.SIGINT, lambda *_: wish.append(signal.signal(signal.SIGINT, signal.default_int_handler)))
+    try:
+        yield wish
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def save_if_due(out: Path, step: int, parameters: dict, optimizer, wish: list, due: bool) -> None:
+    """Write a checkpoint if it is due or somebody wishes to stop; then raise KeyboardInterrupt."""
+    [stop] = total([len(wish)])
+    if due or stop:
+        put(out / "checkpoint.pt", lambda aside: torch.save({"step": step, "weights": parameters, "optimizer": optimizer.state_dict()}, aside))
+    if stop:
+        raise KeyboardInterrupt
+
+
+def restore(out: Path, model, optimizer) -> int:
+    """Load the checkpoint, if there is one, and cut off the log of the steps after it. Returns the number of steps that are done."""
+    path, log, step = out / "checkpoint.pt", out / "log.jsonl", 0
+    if path.exists():
+        state = torch.load(path, map_location=model.device, weights_only=True)
+        model.load_state_dict(state["weights"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    kept = log.read_text().splitlines(keepends=True)[:step] if log.exists() else []
+    put(log, lambda aside: aside.write_text("".join(kept)))
+    return step
+
+
+def append(path: Path, text: str) -> None:
+    if RANK == 0:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def put(path: Path, write) -> None:
+    """Make a file or folder whole or not at all: `write` gets a path aside, which then takes the place of `path`. Rank 0 does; all wait."""
+    if RANK == 0:
+        aside = path.with_name(f"{path.name}.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        write(aside)
+        shutil.rmtree(path, ignore_errors=True)  # does nothing to a file
+        os.replace(aside, path)
+    if RANKS > 1:
+        torch.distributed.barrier()
+
+
+def save_model(model, tokenizer, folder: Path, base: str) -> None:
+    """Save all weights in Hugging Face's format, or, if the model has adapters, them alone in PEFT's."""
+    adapters = {name: module for name, module in model.named_modules() if isinstance(module, LoRA)}
+    if adapters:
+        folder.mkdir()
+        adapter = Path(base, "adapter_config.json")  # training went on with an adapter: its base is ours
+        if adapter.exists():
+            base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        base = os.path.abspath(base) if os.path.exists(base) else base
+        r, scaling = next((module.lora_A.out_features, module.scaling) for module in adapters.values())
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": r, "lora_alpha": scaling * r,
+                  "target_modules": sorted({name.split(".")[-1] for name in adapters})}
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        save_file({f"base_model.model.{name}.{part}.weight": getattr(module, part).weight.detach().cpu().contiguous()
+                   for name, module in adapters.items() for part in ("lora_A", "lora_B")}, folder / "adapter_model.safetensors")
+    else:
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def set_trainable(model, args) -> None:
+    """Adapters if the model has them, is quantized, or --lora-r asks for them; else all weights, in float32 (CUDA then computes in bfloat16)."""
+    r = args.lora_r if args.lora_r is not None else 16 * (args.quantize != "none")
+    if not any(isinstance(module, LoRA) for module in model.modules()):
+        torch.manual_seed(args.seed)
+        if r:
+            add_lora(model, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], r, 2 * r)
+        else:
+            model.float()
+
+
+def open_run(out: Path, settings: dict, resume: bool) -> None:
+    """Start a run in `out`, or make sure that the one to resume there had the same settings. Raises DataError."""
+    path = out / "settings.json"
+    if resume:
+        was = json.loads(path.read_text()) if path.exists() else {}
+        if changed := [f"{name} {value} (was {was.get(name)})" for name, value in settings.items() if was.get(name) != value]:
+            raise DataError(f"--resume: the run in {out} had other settings: {', '.join(changed)}; give the same, or start anew without --resume"
+                            if was else f"--resume: there is no run in {out}")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("trajectories.jsonl", "hard.json", "before.jsonl", "after.jsonl", "checkpoint.pt", "log.jsonl", "results.json"):
+            (out / name).unlink(missing_ok=True)
+        put(path, lambda aside: aside.write_text(json.dumps(settings, indent=1) + "\n"))
+
+
+def evaluate(model, tokenizer, items: list[Preference], args, path: Path) -> dict[str, list]:
+    """Judge every item greedily and --k times at temperature 0.5, the responses shuffled anew each time. The judgements are kept in `path`, or
+    read from there. Returns scores in the items' own order, None if unreadable: {"greedy": one per item, "samples": k per item}."""
+    if not path.exists():
+        greedy = [show(item, number, "evaluation") for number, item in enumerate(items)]
+        samples = [show(item, number, f"evaluation {i}") for number, item in enumerate(items) for i in range(args.k)]
+        judge(model, tokenizer, greedy, 0.0, args, 0)
+        judge(model, tokenizer, samples, 0.5, args, args.seed + 10**6)
+        put(path, lambda aside: aside.write_text("".join(t.line() for t in greedy + samples), encoding="utf-8"))
+    judged = [Trajectory(**json.loads(line)) for line in path.read_bytes().split(b"\n")[:-1]]
+    scores = [t.scores and [score for _, score in sorted(zip(t.order, t.scores))] for t in judged]
+    return {"greedy": scores[:len(items)], "samples": [scores[i:i + args.k] for i in range(len(items), len(scores), args.k)]}
+
+
+def compare(items: list[Preference], before: dict, after: dict) -> dict[str, dict[str, float]]:
+    """Figures before and after, with the standard error of each and of their difference on the same items, clustered by query. "one sample" is
+    the mean over an item's k samples: what one draw is worth on average."""
+    def voted(samples):
+        return [sum(column) for column in zip(*filter(None, samples))] or None
+
+    def unreadable(scores, _):
+        return scores is None
+
+    def one(run, i):
+        return run["samples"][i]
+
+    ways = {"greedy": lambda run, i: [run["greedy"][i]], "one sample": one,
+            f"{len(before['samples'][0])} summed": lambda run, i: [voted(one(run, i))]}
+    rows = [(f"{way}, {name}", scores_of, value) for way, scores_of in ways.items()
+            for name, value in (("strict", is_correct), ("accuracy", chance_of_best))]
+    figures = {}
+    for title, scores_of, value in rows + [("one sample, unreadable", one, unreadable)]:
+        old, new = ([sum(value(scores, item.rewards) for scores in scores_of(run, i)) / len(scores_of(run, i)) for i, item in enumerate(items)]
+                    for run in (before, after))
+        row = figures[title] = {}
+        for key, values in (("before", old), ("after", new), ("gain", [b - a for a, b in zip(old, new)])):
+            row[key], row[f"{key}_se"] = mean_and_se(values, [str(item.query) for item in items])
+    return figures
+
+
+def table_of(figures: dict) -> str:
+    """The figures of `compare` in percent."""
+    text = f"\n  {'percent +- standard error':<26}{'before':>16}{'after':>16}{'gain':>16}\n"
+    for name, row in figures.items():
+        text += f"  {name:<26}" + "".join(f"{100 * row[key]:8.1f} +- {100 * row[f'{key}_se']:4.1f}" for key in ("before", "after", "gain")) + "\n"
+    return text
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DataError, ModelError) as error:
+        sys.exit(f"error: {error}")
