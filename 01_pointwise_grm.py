@@ -239,6 +239,19 @@ class Sample:
     text: str
 
 
+def attention_masks(model, seen: torch.Tensor, distance: torch.Tensor):
+    """What is added to attention's logits: 0 where a query sees a key, the lowest number elsewhere; for Gemma 2 and 3 also that of sliding layers.
+
+    seen: (rows, queries, keys), true where a key may be looked at. distance: how many positions a query stands after a key, of a shape like it.
+    """
+    config, lowest = model.config.get_text_config(), torch.finfo(model.dtype).min
+    mask = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill(~seen, lowest)
+    if getattr(config, "layer_types", None) is None:
+        return mask[:, None]
+    sliding = mask.masked_fill(distance >= config.sliding_window, lowest) if getattr(config, "sliding_window", None) else mask
+    return {"full_attention": mask[:, None], "sliding_attention": sliding[:, None]}
+
+
 class Decoder:
     """A batch in flight: the fixed buffers that a decode step reads and writes in place.
 
@@ -251,10 +264,8 @@ class Decoder:
     def __init__(self, model, prompts: list[tuple[int, ...]], rows: list[int], temperature: float, max_new_tokens: int, stop_ids: list[int],
                  pad_id: int, generator: torch.Generator):
         """prompts: distinct, each prefilled once. rows: for each sample, the number of its prompt."""
-        device, config = model.device, model.config.get_text_config()
+        device = model.device
         self.model, self.temperature, self.generator, self.pad_id = model, temperature, generator, pad_id
-        self.window = getattr(config, "sliding_window", None)
-        self.mixed_layers = getattr(config, "layer_types", None) is not None  # Gemma 2 and 3: sliding and full attention
         # Prefill: each distinct prompt once, a few thousand tokens at a time.
         self.width = self.visible = max(map(len, prompts))
         ids = torch.tensor([[pad_id] * (self.width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
@@ -294,13 +305,8 @@ class Decoder:
 
     def forward(self, ids, position, columns):
         """Logits (rows, vocabulary) after the last of the tokens `ids` (rows, new), which stand at `columns` (new,)."""
-        visible = self.columns[:self.visible]
-        seen = self.real[:, None, None, :self.visible] & (visible <= columns[:, None])
-        lowest = torch.finfo(self.model.dtype).min
-        mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=seen.device).masked_fill(~seen, lowest)
-        if self.mixed_layers:
-            window = self.window or len(self.columns)
-            mask = {"full_attention": mask, "sliding_attention": mask.masked_fill(visible <= columns[:, None] - window, lowest)}
+        distance = columns[:, None] - self.columns[:self.visible]
+        mask = attention_masks(self.model, self.real[:, None, :self.visible] & (distance >= 0), distance)
         return self.model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=self, use_cache=True,
                           logits_to_keep=1).logits[:, -1]
 

@@ -77,18 +77,19 @@ def read_trajectories(path: str | Path) -> list[Trajectory]:
     return trajectories
 
 
-def ask(kind: str, name: str, load: Callable, items: list[Preference], args, out: Path) -> tuple[list[Trajectory], dict]:
+def judge_items(kind: str, name: str, load: Callable, items: list[Preference], args, out: Path, at_once: int = 1024) -> tuple[list[Trajectory], dict]:
     """Judgements of every item, item after item, by the model `name`, which `load()` loads if something is left to sample.
 
     kind: "samples" are args.k of each item at args.temperature, every one with its own order of responses; "greedy" is one, in the item's order.
-    They are kept in out/kind-DIGITS.jsonl, the digits following from all that decides them. The file grows by whole chunks of items, and what is
-    in it already is taken over. Returns the trajectories and facts: parameters of the model, tokens of a judgement. Raises DataError, ModelError.
+    They are kept in out/KIND-DIGITS.jsonl, where the digits follow from all that decides them. The file grows by chunks of about `at_once`, and
+    what is in it already is taken over. Beside it lies a .json with what decided, the model's "parameters" and the mean "tokens" of a judgement,
+    which is returned with the trajectories. Raises DataError and ModelError.
     """
     k, temperature = (args.k, args.temperature) if kind == "samples" else (1, 0.0)
     decides = {"kind": kind, "model": fingerprint(name), "quantize": args.quantize, "k": k, "temperature": temperature, "seed": args.seed,
                "max_new_tokens": args.max_new_tokens, "data": zlib.crc32(repr(items).encode()), "prompt": build_prompt("", ["", ""])}
     path = out / f"{kind}-{zlib.crc32(json.dumps(decides).encode()):08x}.jsonl"
-    facts, chunk, done = path.with_suffix(".json"), max(1, 512 // k), []
+    facts, chunk, done = path.with_suffix(".json"), max(1, at_once // k), []
     if path.exists():
         done = read_trajectories(path)
         if len(done) < len(items) * k:
@@ -102,12 +103,14 @@ def ask(kind: str, name: str, load: Callable, items: list[Preference], args, out
         judge(*load(), shown, temperature, args, args.seed + first)
         append(path, "".join(t.line() for t in shown))
         done += shown
-    if not facts.exists():
+    if facts.exists():
+        known = json.loads(facts.read_text())
+    else:
         model, tokenizer = load()
         tokens = sum(len(ids) + 1 for ids in tokenizer([t.output for t in done], add_special_tokens=False)["input_ids"])  # 1: the end token
         known = decides | {"name": name, "parameters": model.num_parameters(), "tokens": tokens / len(done)}
-        put(facts, lambda aside: aside.write_text(json.dumps(known, indent=1) + "\n"))
-    return done, json.loads(facts.read_text())
+    put(facts, lambda aside: aside.write_text(json.dumps(known, indent=1) + "\n"))  # in any case: the ranks must all come to this, or none
+    return done, known
 
 
 def score_tensor(trajectories: list[Trajectory], k: int) -> torch.Tensor:
@@ -246,58 +249,72 @@ def percent(figure: list[float], sign: str = "") -> str:
     return "" if math.isnan(mean) else f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
-def table(name: str, result: dict) -> str:
+def table_of_votes(name: str, result: dict) -> str:
     """What a run prints of a model, in the manner of Table 3."""
-    total, with_auc = result["curve"][-1]["k"], result["single"] > 0
+    single = result["single"] > 0
+
+    def line(title, total="", gain="", others=(), seen="", possible="", tokens="", auc=""):
+        shares = "".join(f"{100 * value:9.1f}" if value is not None else f"{'':9}" for value in others or [None] * 4)
+        return f"  {title:<9}{total:>19}{gain:>23}{shares}{seen:>8}{possible:>6}{tokens:>8}{auc:>22}".rstrip() + "\n"
+
     text = (f"\n{name}: {result['many']} items with two or more responses, {result['single']} with one; {100 * result['unreadable']:.1f}% of the "
-            f"samples unreadable\npercent [95% interval]; ties are coin tosses\n"
-            f"  {'':<10}{'sum':>20}{'gain over k = 1':>22}{'majority':>10}{'mean':>8}{'strict':>8}{'ties':>8}{'sums seen, possible':>21}{'tokens':>8}"
-            + f"{'AUC of single':>20}" * with_auc + "\n")
-    text += f"  {'longest':<10}{percent(result['longest']):>20}\n"
+            "samples are unreadable\npercent [95% interval]; accuracy: ties are coin tosses; strict and ties: of the sum; values: which the sum "
+            f"took, and could take\n  {'':<9}{'sum':>19}{'gain over k = 1':>23}{'majority':>9}{'mean':>9}{'strict':>9}{'ties':>9}{'values':>14}"
+            f"{'tokens':>8}" + f"{'ROC-AUC of single':>22}" * single + "\n")
+    if result["many"]:
+        text += line("longest", percent(result["longest"]))
     greedy = result["greedy"]
-    text += (f"  {'greedy':<10}{percent(greedy['accuracy']):>20}{'':40}{100 * greedy['strict'][0]:8.1f}{100 * greedy['ties'][0]:8.1f}{'':29}"
-             + f"{percent(greedy['auc']):>20}" * with_auc + "\n")
+    text += line("greedy", percent(greedy["accuracy"]), others=[None, None, greedy["strict"][0], greedy["ties"][0]] * bool(result["many"]),
+                 auc=percent(greedy["auc"]))
     for row in result["curve"]:
-        majority, mean, strict, ties = (100 * row[vote][key][0] for vote, key in (("majority", "accuracy"), ("mean", "accuracy"),
-                                                                                  ("sum", "strict"), ("sum", "ties")))
-        text += (f"  {'k = ' + str(row['k']):<10}{percent(row['sum']['accuracy']):>20}{percent(row['gain'], '+') if row['k'] > 1 else '':>22}"
-                 f"{majority:10.1f}{mean:8.1f}{strict:8.1f}{ties:8.1f}{row['seen']:13}{row['space']:8}{row['k'] * result['tokens']:8.0f}"
-                 + f"{percent(row['auc']):>20}" * with_auc + "\n")
+        others = [row["majority"]["accuracy"][0], row["mean"]["accuracy"][0], row["sum"]["strict"][0], row["sum"]["ties"][0]]
+        text += line(f"k = {row['k']}", percent(row["sum"]["accuracy"]), percent(row["gain"], "+") if row["k"] > 1 else "",
+                     others * bool(result["many"]), row["seen"], row["space"], round(row["k"] * result["tokens"]), percent(row["auc"]))
     for subset, row in result["by_subset"].items() if len(result["by_subset"]) > 1 else ():
-        text += f"  {subset + ', ' + str(row['n']) + ' items':<32}k = 1: {percent(row['one'])}   k = {total}: {percent(row['all'])}\n"
+        text += f"  {subset}, {row['n']} items: k = 1 {percent(row['one'])}, k = {result['curve'][-1]['k']} {percent(row['all'])}\n"
     return text
 
 
-def plot(results: dict[str, dict], path: Path) -> None:
-    """Draw accuracy over k (for single responses alone: ROC-AUC), a line and a band for each model; for several, over compute as well."""
-    def figure_of(row):
-        return row["sum"]["accuracy"] if any(result["many"] for result in results.values()) else row["auc"]
+def draw_curves(axes, curves: dict[str, tuple[list, list]]) -> None:
+    """Draw a line with its band for each of name: (xs, [mean, low, high] for each x), in percent. Colours differ in brightness, markers and dashes
+    in form: the lines stay apart in grey."""
+    for number, (name, (xs, figures)) in enumerate(curves.items()):
+        mean, low, high = ([100 * value for value in values] for values in zip(*figures))
+        color = matplotlib.colormaps["viridis"](0.75 * number / max(1, len(curves) - 1))
+        axes.fill_between(xs, low, high, facecolor=(*color[:3], 0.13), edgecolor=(*color[:3], 0.5), linewidth=0.6)
+        axes.plot(xs, mean, color=color, marker="os^DvP*X"[number % 8], linestyle=["-", "--", "-.", ":"][number % 4], linewidth=2, markersize=8,
+                  markerfacecolor=(color, "white")[number % 2], markeredgewidth=2, label=name)
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
-    panels = ["k"] if len(results) == 1 else ["k", "compute"]
-    drawing = Figure(figsize=(7 * len(panels), 4.8), layout="constrained")
-    for axes, panel in zip(drawing.subplots(1, len(panels), squeeze=False)[0], panels):
-        for number, (name, result) in enumerate(results.items()):
-            ks = [row["k"] for row in result["curve"]]
-            xs = [k * (1 if panel == "k" else result["tokens"] * result["parameters"]) for k in ks]
-            mean, low, high = zip(*([100 * value for value in figure_of(row)] for row in result["curve"]))
-            # colours that differ in brightness, and markers and dashes, stay apart in grey
-            style = {"color": matplotlib.colormaps["viridis"](0.75 * number / max(1, len(results) - 1)), "marker": "os^Dvp*X"[number % 8],
-                     "linestyle": ["-", "--", "-.", ":"][number % 4]}
-            axes.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
-            axes.plot(xs, mean, **style, linewidth=2, markersize=7, label=name if len(results) > 1 else "sum of k samples")
-            if len(results) == 1 and result["many"]:
-                majority = [100 * row["majority"]["accuracy"][0] for row in result["curve"]]
-                axes.plot(xs, majority, color="0.45", marker="s", linestyle="--", markersize=5, label="majority of k samples")
-                axes.axhline(100 * result["greedy"]["accuracy"][0], color="0.2", linestyle=":", label="greedy, once")
-        axes.set_xscale("log", base=2 if panel == "k" else 10)
-        if panel == "k":
-            axes.set_xticks(ks, [str(k) for k in ks])
-        axes.set_xlabel("samples per item, k" if panel == "k" else "compute per item: generated tokens x parameters")
-        axes.set_ylabel("accuracy, %" if figure_of(result["curve"][0]) is result["curve"][0]["sum"]["accuracy"] else "ROC-AUC, %")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="lower right")
-    put(path, lambda aside: drawing.savefig(aside, format="png", dpi=160))
+
+def plot_votes(results: dict[str, dict], path: Path) -> None:
+    """Accuracy over k, after the paper's Figure 1; for several models over compute as well, after Figure 4. For single responses alone: ROC-AUC."""
+    many = all(result["many"] for result in results.values())
+    ks = [row["k"] for row in next(iter(results.values()))["curve"]]
+    figures = {name: [row["sum"]["accuracy"] if many else row["auc"] for row in result["curve"]] for name, result in results.items()}
+    with matplotlib.rc_context({"font.size": 14}):
+        figure = Figure(figsize=(8 * min(2, len(results)), 5.5), layout="constrained")
+        left, *right = figure.subplots(1, min(2, len(results)), sharey=True, squeeze=False)[0]
+        if len(results) == 1 and many:
+            [[name, result]] = results.items()
+            curves = {"sum (Eq. 14)": (ks, figures[name]), "majority (Eq. 13)": (ks, [row["majority"]["accuracy"] for row in result["curve"]])}
+            left.axhline(100 * result["greedy"]["accuracy"][0], color="0.3", linestyle=":", linewidth=2, label="greedy, once")
+            left.set_title(name, fontsize=14)
+        else:
+            curves = {name: (ks, of) for name, of in figures.items()}
+        draw_curves(left, curves)
+        left.set_xscale("log", base=2)
+        left.set_xticks(ks, [str(k) for k in ks])
+        left.set_xlabel("samples per item, k")
+        left.set_ylabel("accuracy, %" if many else "ROC-AUC, %")
+        left.legend(frameon=False, loc="lower right")
+        for axes in right:
+            draw_curves(axes, {name: ([k * result["tokens"] * result["parameters"] for k in ks], figures[name]) for name, result in results.items()})
+            axes.set_xscale("log")
+            axes.set_xlabel("compute per item: generated tokens \u00d7 parameters")
+        figure.savefig(path, format="png", dpi=150)
 
 
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -309,14 +326,14 @@ details { margin: .3em 0 } section { border-top: 3px solid #222; margin-top: 3em
 def page(name: str, items: list[Preference], samples: list[Trajectory], total: int) -> str:
     """A page of HTML that needs nothing else: a few items with all their samples, and how the sum decided. All text in it is escaped."""
     scores = score_tensor(samples, total)
-    chosen = {"The vote saved a wrong first sample": [], "The vote did not save a wrong first sample": [],
-              "The vote spoiled a right first sample": []}
+    titles = {(0, 1): "The vote saved a wrong first sample", (0, 0): "The vote did not save a wrong first sample",
+              (1, 0): "The vote spoiled a right first sample"}  # by whether the first sample and the sum choose the best response
+    numbers = {chances: [] for chances in titles}
     for i, item in enumerate(items):
-        first, summed = (chance_of_best(vote_sum(scores[i, :count]).tolist()[:len(item.responses)], item.rewards) for count in (1, total))
-        title = {(0, 1): 0, (0, 0): 1, (1, 0): 2}.get((first, summed))
-        if title is not None and len(item.responses) > 1:
-            chosen[list(chosen)[title]].append(i)
-    stories = [story(title, items[i], samples[i * total:(i + 1) * total], scores[i]) for title, numbers in chosen.items() for i in numbers[:2]]
+        votes = [vote_sum(scores[i, :count]).tolist()[:len(item.responses)] for count in (1, total)]
+        if len(item.responses) > 1:
+            numbers.setdefault(tuple(chance_of_best(vote, item.rewards) for vote in votes), []).append(i)
+    stories = [story(title, items[i], samples[i * total:(i + 1) * total], scores[i]) for chances, title in titles.items() for i in numbers[chances][:2]]
     return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>How the votes were decided</title>\n'
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
             f"<style>{STYLE}</style></head><body><h1>How the votes were decided</h1>\n<p>Judge: {html.escape(name)}, {total} samples an item, of "
@@ -385,24 +402,25 @@ def main():
     except OSError as error:
         raise DataError(f"--out {out}: {error.strerror}") from None
     if not args.model:
-        args.model = [next((f for f in ("runs/03_grpo/model", "runs/02_rejective_ft/model") if Path(f).exists()), str(HERE / "tests/tiny/judge"))]
+        trained = [folder for folder in ("runs/03_grpo/model", "runs/02_rejective_ft/model") if Path(folder).exists()]
+        args.model = [*trained, os.path.relpath(HERE / "tests/tiny/judge")][:1]
     print(f"{' and '.join(args.model)}: {args.k} samples of each of the first {len(items)} items of {args.data}")
     for name in dict.fromkeys(args.model):
         load = functools.cache(lambda: load_model(name, args.quantize))
         try:
-            greedy, _ = ask("greedy", name, load, items, args, out)
-            samples, facts = ask("samples", name, load, items, args, out)
+            greedy, _ = judge_items("greedy", name, load, items, args, out)
+            samples, facts = judge_items("samples", name, load, items, args, out)
         except KeyboardInterrupt:
             sys.exit(f"\ninterrupted; go on with: {shlex.join(['python', *sys.argv])}")
         results[name] = scaling(items, greedy, samples, args.k) | {"tokens": facts["tokens"], "parameters": facts["parameters"]}
-        print(table(name, results[name]))
+        print(table_of_votes(name, results[name]))
         if args.html and len(results) == 1:
             put(out / "votes.html", lambda aside: aside.write_text(page(name, items, samples, args.k), encoding="utf-8"))
     if len(results) > 1:
         print(f"\nsum, percent [95% interval]\n  {'':<10}" + "".join(f"{name[-28:]:>30}" for name in results))
         for row, k in enumerate(row["k"] for row in next(iter(results.values()))["curve"]):
             print(f"  {'k = ' + str(k):<10}" + "".join(f"{percent(result['curve'][row]['sum']['accuracy']):>30}" for result in results.values()))
-    plot(results, out / "voting.png")
+    put(out / "voting.png", lambda aside: plot_votes(results, aside))
     figures = {"models": results, "settings": vars(args), "seconds": time.time() - start,
                "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
     figures = json.loads(json.dumps(figures), parse_constant=lambda _: None)  # JSON has no NaN
@@ -582,6 +600,19 @@ class Sample:
     text: str
 
 
+def attention_masks(model, seen: torch.Tensor, distance: torch.Tensor):
+    """What is added to attention's logits: 0 where a query sees a key, the lowest number elsewhere; for Gemma 2 and 3 also that of sliding layers.
+
+    seen: (rows, queries, keys), true where a key may be looked at. distance: how many positions a query stands after a key, of a shape like it.
+    """
+    config, lowest = model.config.get_text_config(), torch.finfo(model.dtype).min
+    mask = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill(~seen, lowest)
+    if getattr(config, "layer_types", None) is None:
+        return mask[:, None]
+    sliding = mask.masked_fill(distance >= config.sliding_window, lowest) if getattr(config, "sliding_window", None) else mask
+    return {"full_attention": mask[:, None], "sliding_attention": sliding[:, None]}
+
+
 class Decoder:
     """A batch in flight: the fixed buffers that a decode step reads and writes in place.
 
@@ -594,10 +625,8 @@ class Decoder:
     def __init__(self, model, prompts: list[tuple[int, ...]], rows: list[int], temperature: float, max_new_tokens: int, stop_ids: list[int],
                  pad_id: int, generator: torch.Generator):
         """prompts: distinct, each prefilled once. rows: for each sample, the number of its prompt."""
-        device, config = model.device, model.config.get_text_config()
+        device = model.device
         self.model, self.temperature, self.generator, self.pad_id = model, temperature, generator, pad_id
-        self.window = getattr(config, "sliding_window", None)
-        self.mixed_layers = getattr(config, "layer_types", None) is not None  # Gemma 2 and 3: sliding and full attention
         # Prefill: each distinct prompt once, a few thousand tokens at a time.
         self.width = self.visible = max(map(len, prompts))
         ids = torch.tensor([[pad_id] * (self.width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
@@ -637,13 +666,8 @@ class Decoder:
 
     def forward(self, ids, position, columns):
         """Logits (rows, vocabulary) after the last of the tokens `ids` (rows, new), which stand at `columns` (new,)."""
-        visible = self.columns[:self.visible]
-        seen = self.real[:, None, None, :self.visible] & (visible <= columns[:, None])
-        lowest = torch.finfo(self.model.dtype).min
-        mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=seen.device).masked_fill(~seen, lowest)
-        if self.mixed_layers:
-            window = self.window or len(self.columns)
-            mask = {"full_attention": mask, "sliding_attention": mask.masked_fill(visible <= columns[:, None] - window, lowest)}
+        distance = columns[:, None] - self.columns[:self.visible]
+        mask = attention_masks(self.model, self.real[:, None, :self.visible] & (distance >= 0), distance)
         return self.model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=self, use_cache=True,
                           logits_to_keep=1).logits[:, -1]
 
