@@ -154,7 +154,7 @@ def subsets(items: int, total: int, k: int, rounds: int = 100, seed: int = 0) ->
     generator = torch.Generator().manual_seed(seed)
     for _ in range(1 if k in (1, total) else rounds):
         order = torch.rand(items, total, generator=generator).argsort(-1)
-        yield order[:, :total // k * k].view(items, -1, k)
+        yield order[:, :total // k * k].view(items, total // k, k)
 
 
 def take(scores: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -333,7 +333,8 @@ def page(name: str, items: list[Preference], samples: list[Trajectory], total: i
         votes = [vote_sum(scores[i, :count]).tolist()[:len(item.responses)] for count in (1, total)]
         if len(item.responses) > 1:
             numbers.setdefault(tuple(chance_of_best(vote, item.rewards) for vote in votes), []).append(i)
-    stories = [story(title, items[i], samples[i * total:(i + 1) * total], scores[i]) for chances, title in titles.items() for i in numbers[chances][:2]]
+    stories = [story(title, items[i], samples[i * total:(i + 1) * total], scores[i])
+               for chances, title in titles.items() for i in numbers[chances][:2]]
     return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>How the votes were decided</title>\n'
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
             f"<style>{STYLE}</style></head><body><h1>How the votes were decided</h1>\n<p>Judge: {html.escape(name)}, {total} samples an item, of "
