@@ -21,7 +21,7 @@ for k is the mean over many random subsets of k of the samples. Unreadable sampl
 
 Exercises
 1. --temperature 0 leaves only the shuffling to tell samples apart. How much of the gain is left? Which temperature gives the most?
-2. Where the majority is behind the sum, it is for what it forgets. In the page of --html, find an item that only the sum gets right.
+2. Is the majority behind the sum, or level with it? Find an item on the page of --html where the two differ: what did the majority forget?
 3. Compare --model tests/tiny/judge with a trained judge at equal accuracy: how many samples is the training worth? And at equal compute?
 """
 from __future__ import annotations
@@ -271,7 +271,7 @@ def table_of_votes(name: str, result: dict) -> str:
         text += line(f"k = {row['k']}", percent(row["sum"]["accuracy"]), percent(row["gain"], "+") if row["k"] > 1 else "",
                      others * bool(result["many"]), row["seen"], row["space"], round(row["k"] * result["tokens"]), percent(row["auc"]))
     for subset, row in result["by_subset"].items() if len(result["by_subset"]) > 1 else ():
-        text += f"  {subset}, {row['n']} items: k = 1 {percent(row['one'])}, k = {result['curve'][-1]['k']} {percent(row['all'])}\n"
+        text += f"  {subset or 'no subset'}, {row['n']} items: k = 1 {percent(row['one'])}, k = {result['curve'][-1]['k']} {percent(row['all'])}\n"
     return text
 
 
@@ -290,7 +290,8 @@ def draw_curves(axes, curves: dict[str, tuple[list, list]]) -> None:
 
 
 def plot_votes(results: dict[str, dict], path: Path) -> None:
-    """Accuracy over k, after the paper's Figure 1; for several models over compute as well, after Figure 4. For single responses alone: ROC-AUC."""
+    """Accuracy over k, after the paper's Figure 1; for several models over compute as well, after Figure 4 (what it takes to read the prompts is
+    left out). For single responses alone: ROC-AUC."""
     many = all(result["many"] for result in results.values())
     ks = [row["k"] for row in next(iter(results.values()))["curve"]]
     figures = {name: [row["sum"]["accuracy"] if many else row["auc"] for row in result["curve"]] for name, result in results.items()}
