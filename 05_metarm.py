@@ -1,0 +1,1300 @@
+"""Step 5: a meta reward model (meta RM) that says which judgements to trust, and voting guided by it. Little training, better votes.
+
+Voting counts every judgement alike, the careless ones too. Whether a judgement's scores were correct (Eq. 10) is known on training items, and a
+scalar model can learn to foretell it (SPCT, arXiv 2504.02495, section 4): it reads the conversation, the responses, and the judgement with its
+principles, critique and scores, and its one logit is the meta reward, learnt by binary cross-entropy,
+
+    L = -[ c log sigmoid(m) + (1 - c) log(1 - sigmoid(m)) ],    c = 1 if S_j > S_i for all i != j = argmax r, else 0
+
+It learns from what step 2 sampled, right and wrong, and from fresh judgements of the judge that is to be guided: their errors are the ones it
+will meet. Guided voting then keeps, of k samples, the k_meta with the highest meta reward (default k/2) and sums those (Eq. 14). Nothing is
+asked twice: step 4's samples are voted on again, and the truth serves only to measure: the oracle line keeps exactly the correct samples.
+
+    python 05_metarm.py                                                            the latest embedded judge, 2 CPU cores, under 6 minutes
+    python 05_metarm.py --model google/gemma-3-4b-it --base google/gemma-3-4b-it --quantize nf4 --data train.jsonl --eval eval.jsonl --lr 1e-4
+    python 05_metarm.py --model runs/03_grpo/model --base google/gemma-2-27b-it --quantize nf4 --data train.jsonl --eval eval.jsonl --lr 5e-5
+
+The last is for 27 billion parameters on one 80 GB GPU. Reads preferences as JSON Lines, step 2's trajectories and step 4's samples where they are,
+and samples what is not. Writes runs/05_metarm/: model/ (transformers' sequence classification with one logit, or an adapter that `peft` loads),
+log.jsonl (one line a step), checkpoint.pt (for --resume), fresh-*.jsonl, rewards.jsonl (a meta reward for each of step 4's samples), results.json,
+guided.png. A run prints how many judgements are right and wrong, how well the meta reward tells them apart (ROC-AUC) on items it never saw,
+accuracy by k and by k_meta with 95% intervals and paired differences, and the most and the least trusted judgements of a few items.
+
+Exercises
+1. Most of the AUC is spotting ties, which a table of scores shows as well. Which row of the printed AUCs does guided voting live on, and why?
+2. --no-fresh learns from step 2's trajectories alone. What do the AUCs lose, and what guided voting? (The judge has changed since.)
+3. --k-meta 0.25 trusts the meta reward more, --k-meta 0.75 less. Where is the best share, and where would it be for a perfect meta RM?
+"""
+from __future__ import annotations
+
+import argparse
+import atexit
+import contextlib
+import functools
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import sys
+import textwrap
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import matplotlib
+import psutil
+import torch
+import transformers
+from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+
+HERE = Path(__file__).resolve().parent
+
+
+def sample_judgements(kind: str, items: list[Preference], temperature: float, load: Callable, args, out: Path,
+                      at_once: int = 1024) -> list[Trajectory]:
+    """args.n_fresh judgements of every item by the model that `load()` loads; single responses are scored 0 or 1, as in steps 2 and 3. They are
+    kept in out/KIND-DIGITS.jsonl, where the digits follow from all that decides them, and what is in it already is taken over."""
+    decides = [fingerprint(args.model), args.quantize, args.n_fresh, temperature, args.seed, args.max_new_tokens, repr(items), build_prompt("", [""])]
+    path, chunk = out / f"{kind}-{zlib.crc32(json.dumps(decides).encode()):08x}.jsonl", max(1, at_once // args.n_fresh)
+    done = read_trajectories(path) if path.exists() else []
+    if len(done) < len(items) * args.n_fresh:
+        del done[len(done) // (args.n_fresh * chunk) * args.n_fresh * chunk:]  # a chunk that was cut off in writing
+    put(path, lambda aside: aside.write_text("".join(t.line() for t in done), encoding="utf-8"))
+    for first in range(len(done) // args.n_fresh, len(items), chunk):
+        shown = [show(item, number, f"{args.seed} {kind} {i}", binary=len(item.responses) == 1)
+                 for number, item in enumerate(items[first:first + chunk], first) for i in range(args.n_fresh)]
+        judge(*load(), shown, temperature, args, args.seed + first)
+        append(path, "".join(t.line() for t in shown))
+        done += shown
+    return done
+
+
+def meta_prompt(t: Trajectory) -> str:
+    """What the meta RM reads: conversation, responses in the order that the judge saw, and its judgement as it wrote it. The judgement comes last
+    and in no block: there is nothing behind it that it could reach, and the last token is its own."""
+    turns = t.query if isinstance(t.query, list) else [{"role": "user", "content": t.query}]
+    parts = [block("Conversation", "\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns))]
+    if t.reference is not None:
+        parts.append(block("Reference answer", t.reference))
+    parts += [block(f"Response {number}", response) for number, response in enumerate(t.responses, 1)]
+    return "\n".join([*parts, t.output.strip()])
+
+
+def encode_plain(tokenizer, text: str) -> list[int]:
+    """Token ids of a text without any chat template, control tokens spelled out in it broken up; BOS if the tokenizer writes one."""
+    for token in control_tokens(tokenizer):
+        text = text.replace(token, f"{token[0]} {token[1:]}")
+    return tokenizer(text)["input_ids"]
+
+
+def held_out(query: str | list[dict], share: float) -> bool:
+    """Whether a query is set aside: the same query always is or never, in whatever data and however often it is met."""
+    return zlib.crc32(str(query).encode()) % 1000 < 1000 * share
+
+
+def table_of_labels(sources: dict[str, list[Trajectory]], share: float) -> str:
+    """How many judgements of each source are right and wrong by Eq. 10, to learn from and held out."""
+    text = f"\n  {'judgements':<34}{'all':>8}{'unreadable':>12}{'learn: right':>14}{'wrong':>8}{'held out: right':>18}{'wrong':>8}\n"
+    for title, judgements in sources.items():
+        counts = [sum(t.correct == right and held_out(t.query, share) == out for t in judgements if t.scores is not None)
+                  for out in (False, True) for right in (True, False)]
+        text += (f"  {title:<34}{len(judgements):8}{sum(t.scores is None for t in judgements):12}{counts[0]:14}{counts[1]:8}{counts[2]:18}"
+                 f"{counts[3]:8}\n")
+    return text
+
+
+def meta_model(base: str, args):
+    """A causal language model with one logit in the place of its vocabulary, in transformers' own class for sequence classification, ready for
+    training, and its tokenizer. The head starts at zero: every judgement is as likely right as wrong. Raises ModelError."""
+    causal, tokenizer = load_model(base, args.quantize)
+    causal.config.num_labels = 1
+    pad = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None]
+    causal.config.get_text_config().pad_token_id = pad[0]  # the class reads the logit at the last token that is not this one
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(causal.config)
+    except ValueError:
+        raise ModelError(f"{base}: transformers has no sequence classification for {causal.config.model_type} models") from None
+    setattr(model, model.base_model_prefix, causal.base_model)
+    set_trainable(model, args)
+    model.score = torch.nn.Linear(model.score.in_features, 1, bias=False, device=causal.device, dtype=torch.float32)
+    torch.nn.init.zeros_(model.score.weight)
+    return model, tokenizer
+
+
+def save_meta(model, tokenizer, folder: Path, base: str) -> None:
+    """As save_model; with adapters, the head goes with them, where `peft` looks for it."""
+    save_model(model, tokenizer, folder, base)
+    path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if path.exists():
+        config = json.loads(path.read_text()) | {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+        path.write_text(json.dumps(config, indent=1) + "\n")
+        save_file(load_file(weights) | {"base_model.model.score.weight": model.score.weight.detach().cpu().contiguous()}, weights)
+
+
+def meta_rewards(model, texts: list[list[int]]) -> torch.Tensor:
+    """The logits (texts,) of token ids, padded on the right."""
+    width, pad = max(map(len, texts)), model.config.get_text_config().pad_token_id
+    ids = torch.tensor([text + [pad] * (width - len(text)) for text in texts], device=model.device)
+    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts], device=model.device)
+    return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0].float()
+
+
+def meta_loss(model, examples: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+    """The sum of the binary cross-entropies of examples (token ids, [1 if correct else 0])."""
+    labels = torch.tensor([float(label) for _, [label] in examples], device=model.device)
+    return torch.nn.functional.binary_cross_entropy_with_logits(meta_rewards(model, [ids for ids, _ in examples]), labels, reduction="sum")
+
+
+@torch.no_grad()
+def score_judgements(model, tokenizer, judgements: list[Trajectory], args, path: Path, chunk: int = 1024) -> list[float]:
+    """A meta reward for each judgement, -inf for those that cannot be read or are too long. They are kept in `path`, one a line (null for -inf),
+    and what is there already is not scored again."""
+    known = [parse_json(line) for line in read_lines(path)[:-1]] if path.exists() else []
+    if len(known) < len(judgements):
+        del known[len(known) // chunk * chunk:]
+    put(path, lambda aside: aside.write_text("".join(json.dumps(reward) + "\n" for reward in known)))
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    model.eval()
+    for first in tqdm(range(len(known), len(judgements), chunk), desc="meta rewards", unit=f" x {chunk}", disable=RANK > 0):
+        texts = [encode_plain(tokenizer, meta_prompt(t)) if t.scores is not None else [] for t in judgements[first:first + chunk]]
+        rewards = [0.0] * len(texts)
+        readable = [(text, [number]) for number, text in enumerate(texts) if 0 < len(text) <= longest]
+        for batch in micro_batches(readable, args.micro_tokens)[RANK::RANKS]:
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+                for (_, [number]), reward in zip(batch, meta_rewards(model, [text for text, _ in batch]).tolist()):
+                    rewards[number] = reward
+        rewards, numbers = total(rewards), {number for _, [number] in readable}
+        known += [reward if number in numbers else None for number, reward in enumerate(rewards)]
+        append(path, "".join(json.dumps(reward) + "\n" for reward in known[first:]))
+    return [-math.inf if reward is None else reward for reward in known]
+
+
+def clustered_auc(rewards: list[float], correct: list[bool], clusters: list) -> tuple[float, float]:
+    """ROC-AUC, the chance that a right judgement has a higher reward than a wrong one, ties half; and its standard error, where judgements of one
+    cluster (query) may depend on each other (Obuchowski 1997). (nan, nan) without both kinds."""
+    values, right = torch.tensor(rewards, dtype=torch.float64), torch.tensor(correct, dtype=torch.bool)
+    if right.all() or not right.any():
+        return math.nan, math.nan
+    wins = torch.zeros_like(values)
+    for kind in (True, False):
+        others = values[right != kind].sort().values
+        below, up_to = (torch.searchsorted(others, values[right == kind], right=side) for side in (False, True))
+        share = (below + up_to).double() / 2 / len(others)
+        wins[right == kind] = share if kind else 1 - share
+    auc = wins[right].mean()
+    sizes = torch.where(right, right.sum(), (~right).sum())
+    return auc.item(), mean_and_se(((wins - auc) / sizes * len(values)).tolist(), clusters)[1]
+
+
+def vote_guided(scores: torch.Tensor, rewards: torch.Tensor, index: torch.Tensor, k_meta: int) -> torch.Tensor:
+    """Votes (items, subsets, responses) of the k_meta most trusted samples of each subset: scores (items, total, responses), meta rewards
+    (items, total), indices (items, subsets, k). What cannot be read is trusted least."""
+    kept = take(rewards[..., None], index)[..., 0].topk(k_meta).indices
+    return vote_sum(take(scores, index.gather(-1, kept)))
+
+
+def vote_oracle(scores: torch.Tensor, correct: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Votes of the samples that are truly correct (items, total), or of all in a subset that has none: what no meta RM can beat by much."""
+    right = take(correct[..., None], index)[..., 0]
+    right = right | ~right.any(-1, keepdim=True)
+    return vote_sum(torch.where(right[..., None], take(scores, index), math.nan))
+
+
+def guide(items: list[Preference], samples: list[Trajectory], rewards: list[float], total: int, share: float) -> dict:
+    """Everything that is printed and plotted about guided voting: figures are [mean, low, high] with a 95% interval over items with two or more
+    responses, clustered by query; differences are paired and have their standard error as `..._se`."""
+    many = [i for i, item in enumerate(items) if len(item.responses) > 1]
+    queries = [str(items[i].query) for i in many]
+    scores = score_tensor(samples, total)[many]
+    trust = torch.tensor(rewards, dtype=torch.float64).view(-1, total)[many]
+    correct = torch.tensor([t.correct for t in samples]).view(-1, total)[many]
+    best = torch.tensor([items[i].rewards.index(max(items[i].rewards)) for i in many])
+
+    def accuracy(vote, k):
+        return over_subsets(vote, best, total, k)["accuracy"]
+
+    def unguided(k):
+        return accuracy(lambda index: vote_sum(take(scores, index)), k)
+
+    def guided(k, k_meta):
+        return accuracy(lambda index: vote_guided(scores, trust, index, k_meta), k)
+
+    def row(k, k_meta, other=None):
+        """Guided voting against unguided voting over `other` samples, by default as many."""
+        plain, chosen = unguided(other or k), guided(k, k_meta)
+        return {"k": k, "k_meta": k_meta, "unguided": bootstrap(plain, queries), "guided": bootstrap(chosen, queries),
+                "gain": bootstrap(chosen - plain, queries), "gain_se": mean_and_se((chosen - plain).tolist(), queries)[1]}
+
+    def keep(k):
+        return min(k, max(1, round(share * k)))
+
+    result = {"items": len(many), "curve": [], "few": row(max(1, total // 4), keep(max(1, total // 4)), total)}
+    for k in [2**i for i in range(total.bit_length()) if 2**i < total] + [total]:
+        oracle = accuracy(lambda index: vote_oracle(scores, correct, index), k)
+        result["curve"].append(row(k, keep(k)) | {"oracle": bootstrap(oracle, queries)})
+    result["by_k_meta"] = [row(total, k_meta) for k_meta in sorted({1, max(1, total // 4), max(1, total // 2), total})]
+    judged = [(reward, t.correct, t.item, len(set(sorted(t.scores)[-2:])) < 2) for t, reward in zip(samples, rewards)
+              if t.scores is not None and len(t.responses) > 1]
+    within = [of_one[0] for _, group in itertools.groupby(judged, key=lambda one: one[2])
+              if not math.isnan((of_one := clustered_auc(*zip(*[one[:3] for one in group])))[0])]
+    result["auc"] = {"these samples": clustered_auc(*zip(*[one[:3] for one in judged])),
+                     "those without a tie at the top": clustered_auc(*zip(*[one[:3] for one in judged if not one[3]])),
+                     "two of the same item": mean_and_se(within, range(len(within)))}
+    return result
+
+
+def table_of_guided(result: dict) -> str:
+    """What a run prints, in the manner of Tables 3 and 4."""
+    def line(title, row, oracle=""):
+        return (f"  {title:<20}{percent(row['unguided']):>19}{percent(row['guided']):>19}{percent(row['gain'], '+'):>21}"
+                f"{100 * row['gain_se']:9.1f}{oracle:>22}").rstrip() + "\n"
+
+    text = "\nmeta reward, ROC-AUC in percent +- standard error\n"
+    for name, (auc, se) in result["auc"].items():
+        text += f"  {name:<44}{100 * auc:6.1f} +- {100 * se:.1f}\n"
+    text += (f"\n{result['items']} items with two or more responses; accuracy in percent [95% interval], ties are coin tosses; the gain is paired\n"
+             f"  {'':<20}{'unguided':>19}{'guided':>19}{'gain':>21}{'its SE':>9}{'oracle':>22}\n")
+    for row in result["curve"]:
+        text += line(f"k = {row['k']}, k_meta = {row['k_meta']}", row, percent(row["oracle"]))
+    for row in result["by_k_meta"]:
+        text += line(f"k = {row['k']}, k_meta = {row['k_meta']}", row)
+    few, total = result["few"], result["curve"][-1]["k"]
+    return text + f"  MetaRM@{few['k']} against voting@{total}:\n" + line("", few)
+
+
+def plot_guided(result: dict, path: Path) -> None:
+    """Accuracy over k, guided, unguided and with an oracle's choice, after the paper's Figure 1; beside it the paired gain of guiding."""
+    ks = [row["k"] for row in result["curve"]]
+    with matplotlib.rc_context({"font.size": 14}):
+        figure = Figure(figsize=(14, 5.5), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        draw_curves(left, {name: (ks, [row[key] for row in result["curve"]]) for name, key in (
+            ("guided by the meta RM", "guided"), ("unguided", "unguided"), ("oracle: the correct samples", "oracle"))})
+        draw_curves(right, {"guided - unguided": (ks, [row["gain"] for row in result["curve"]])})
+        right.axhline(0, color="0.3", linewidth=1)
+        left.legend(frameon=False, loc="lower right")
+        for axes, label in ((left, "accuracy, %"), (right, "gain of guiding, paired, percentage points")):
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ks, [str(k) for k in ks])
+            axes.set_xlabel("samples per item, k (guided: the k/2 most trusted)")
+            axes.set_ylabel(label)
+        figure.savefig(path, format="png", dpi=150)
+
+
+def side_by_side(item: Preference, samples: list[Trajectory], rewards: list[float], width: int = 72) -> str:
+    """The most and the least trusted of an item's judgements in two columns, below what they judge."""
+    ends = sorted((reward, number) for number, reward in enumerate(rewards) if reward > -math.inf)
+    turns = item.query if isinstance(item.query, list) else [{"role": "user", "content": item.query}]
+    columns, text = [], "\n" + "\n".join(textwrap.fill(f"{turn['role']}: {turn['content']}", 2 * width) for turn in turns) + "\n"
+    for number, (response, reward) in enumerate(zip(item.responses, item.rewards), 1):
+        text += textwrap.fill(f"y{number}, true reward {reward:g}: {response}", 2 * width) + "\n"
+    for title, (reward, number) in (("most", ends[-1]), ("least", ends[0])):
+        t = samples[number]
+        places = ", ".join(f"Response {place} is y{i + 1}" for place, i in enumerate(t.order, 1))
+        lines = [f"--- {title} trusted: meta reward {reward:+.2f}; {'right' if t.correct else 'wrong'} ---", places, *t.output.splitlines()]
+        columns.append([part for line in lines for part in textwrap.wrap(line, width - 4) or [""]])
+    return text + "".join(f"{left:<{width}}{right}".rstrip() + "\n" for left, right in itertools.zip_longest(*columns, fillvalue=""))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    option = parser.add_argument
+    judges = [folder for folder in ("runs/03_grpo/model", "runs/02_rejective_ft/model") if Path(folder).exists()]
+    option("--model", default=[*judges, os.path.relpath(HERE / "tests/tiny/judge")][0], help="the judge to be guided: folder, Hub name, GGUF file or "
+           "LoRA folder; by default what step 3 or else step 2 left in runs/, or the embedded judge")
+    option("--base", default=os.path.relpath(HERE / "tests/tiny/judge"), help="what the meta RM is made of, likewise")
+    option("--quantize", choices=["none", "int8", "nf4"], default="none", help="hold the weights of both in 8 or 4 bits; then adapters are trained")
+    option("--trajectories", help="step 2's sampled judgements; by default runs/02_rejective_ft/trajectories.jsonl, if it is there")
+    option("--data", default=str(HERE / "tests/tiny/train.jsonl"), help="preferences for fresh judgements to learn from, JSON Lines")
+    option("--limit", type=int, default=900, help="use the first so many items of --data")
+    option("--n-fresh", type=int, default=3, help="fresh judgements of each of them")
+    option("--no-fresh", action="store_true", help="learn from step 2's trajectories alone")
+    option("--validate", type=float, default=0.1, help="share of the queries not to learn from, for the AUC")
+    option("--eval", default=str(HERE / "tests/tiny/eval.jsonl"), help="preferences to vote on, JSON Lines")
+    option("--eval-limit", type=int, default=300, help="vote on the first so many items of --eval")
+    option("--held-out", action="store_true", help="vote on the last items of --data instead: for choosing hyperparameters")
+    option("--k", type=int, default=32, help="samples of each of them")
+    option("--k-meta", type=float, default=0.5, help="share of k samples that is kept")
+    option("--temperature", type=float, default=0.5, help="of samples and fresh judgements")
+    option("--max-new-tokens", type=int, default=512, help="longest judgement, in tokens")
+    option("--batch-size", type=int, help="rows sampled together; by default what memory holds")
+    option("--voting", default="runs/04_voting", help="folder with step 4's samples, which go there if they are not there yet")
+    option("--lora-r", type=int, help="rank of the adapters, 0 to train all weights; by default 16 if quantized, else 0")
+    option("--lr", type=float, default=1e-3, help="peak learning rate (the paper's: 1e-5 for all weights of a large model)")
+    option("--epochs", type=float, default=1.0, help="passes over the judgements")
+    option("--warmup", type=float, default=0.1, help="share of the steps in which the learning rate rises")
+    option("--train-batch", type=int, default=32, help="judgements a step (the paper's: 512)")
+    option("--micro-tokens", type=int, default=8192, help="tokens of a micro-batch with its padding: lower it if memory runs out in training")
+    option("--save-every", type=int, default=50, help="steps between checkpoints")
+    option("--show", type=int, default=3, help="items whose most and least trusted judgements are printed")
+    option("--resume", action="store_true", help="go on with the run in --out, which must have had the same settings")
+    option("--seed", type=int, default=0, help="of everything")
+    option("--out", default="runs/05_metarm", help="folder for everything that is written")
+    args = parser.parse_args()
+    for wrong, message in ((min(args.limit, args.eval_limit, args.n_fresh, args.k, args.train_batch, args.micro_tokens, args.save_every,
+                                args.max_new_tokens) < 1, "counts must be at least 1"),
+                           (args.batch_size is not None and args.batch_size < 1, "--batch-size must be at least 1"),
+                           (args.quantize != "none" and args.lora_r == 0, "quantized weights cannot be trained: leave --lora-r 0 out"),
+                           (not (0 < args.validate < 1 and 0 < args.k_meta <= 1), "--validate and --k-meta are shares: above 0, at most 1"),
+                           (not (0 < args.lr < math.inf and 0 < args.epochs < math.inf and 0 <= args.temperature < math.inf),
+                            "--lr and --epochs must be above 0, --temperature from 0")):
+        if wrong:
+            parser.error(message)
+
+    join_ranks()
+    data = load_lines(args.data)
+    data, others = (data[:-args.eval_limit], data[-args.eval_limit:]) if args.held_out else (data, load_lines(args.eval)[:args.eval_limit])
+    items, out, voting, start = data[:args.limit], Path(args.out), Path(args.voting), time.time()
+    if not items or not any(len(item.responses) > 1 for item in others):
+        raise DataError(f"{args.data if not items else args.eval}: no items are left to learn from, or none with two responses to vote on")
+    earlier = Path(args.trajectories or "runs/02_rejective_ft/trajectories.jsonl")
+    print(f"the judge {args.model} is guided by a meta RM made of {args.base}; {len(others)} items to vote on")
+    open_run(out, {name: value for name, value in vars(args).items() if name != "resume"} | {"crc": zlib.crc32(repr(items).encode())}, args.resume)
+    for name in () if args.resume else ("rewards.jsonl", "held_out.jsonl"):
+        (out / name).unlink(missing_ok=True)
+    voting.mkdir(parents=True, exist_ok=True)
+    load, measured = functools.cache(lambda: load_model(args.model, args.quantize)), {str(item.query) for item in others}
+    try:
+        if args.trajectories or earlier.exists():
+            sources = {"step 2, not hinted": [t for t in read_trajectories(earlier) if not t.hinted]}
+        else:
+            sources = {"sampled at temperature 1": sample_judgements("first", items, 1.0, load, args, out)}
+        if not args.no_fresh:
+            sources[f"fresh, at temperature {args.temperature:g}"] = sample_judgements("fresh", items, args.temperature, load, args, out)
+        sources = {title: [t for t in judgements if str(t.query) not in measured] for title, judgements in sources.items()}
+        print(table_of_labels(sources, args.validate))
+        samples, _ = judge_items("samples", args.model, load, others, args, voting)
+        load.cache_clear()  # its memory is free before the meta RM is loaded
+        judgements = [t for of_one in sources.values() for t in of_one if t.scores is not None]
+        learn, kept = ([t for t in judgements if held_out(t.query, args.validate) == out_of_it] for out_of_it in (False, True))
+        if len({t.correct for t in learn}) < 2:
+            raise DataError(f"nothing to learn: the {len(learn)} judgements to learn from are all right or all wrong; use more items")
+        model, tokenizer = meta_model(args.base, args)
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+        examples = [(ids, [int(t.correct)]) for t in learn if len(ids := encode_plain(tokenizer, meta_prompt(t))) <= longest]
+        steps = train(model, examples, meta_loss, args, out)
+        put(out / "model", lambda aside: save_meta(model, tokenizer, aside, args.base))
+        unseen = clustered_auc(score_judgements(model, tokenizer, kept, args, out / "held_out.jsonl"), [t.correct for t in kept],
+                               [str(t.query) for t in kept])
+        rewards = score_judgements(model, tokenizer, samples, args, out / "rewards.jsonl")
+    except KeyboardInterrupt:
+        sys.exit(f"\ninterrupted; go on with: {shlex.join(['python', *sys.argv] + ['--resume'] * (not args.resume))}")
+    result = guide(others, samples, rewards, args.k, args.k_meta)
+    result["auc"] = {f"{len(kept)} held-out judgements": unseen} | result["auc"]
+    mixed = [i for i in range(len(others)) if len(others[i].responses) > 1 and len({t.correct for t in samples[i * args.k:(i + 1) * args.k]}) > 1]
+    for i in mixed[:args.show]:
+        print(side_by_side(others[i], samples[i * args.k:(i + 1) * args.k], rewards[i * args.k:(i + 1) * args.k]))
+    print(table_of_guided(result))
+    put(out / "guided.png", lambda aside: plot_guided(result, aside))
+    results = result | {"examples": len(examples), "steps": steps, "seconds": time.time() - start, "settings": vars(args),
+                        "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+    results = json.loads(json.dumps(results), parse_constant=lambda _: None)  # JSON has no NaN
+    put(out / "results.json", lambda aside: aside.write_text(json.dumps(results, indent=1) + "\n"))
+    print(f"{results['seconds']:.0f} s. Everything is in {out}/: model/, rewards.jsonl, log.jsonl, guided.png, results.json")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------------
+# Below: what earlier steps brought, unchanged.
+# ------------------------------------------------------------------------------------------------------------------------------------------
+
+class DataError(ValueError):
+    """A preference record or file that cannot be used; the message names the file, the line and what to do."""
+
+
+class ModelError(RuntimeError):
+    """A model that cannot be loaded or does not fit; the message says what to do."""
+
+
+# `torchrun --nproc-per-node N` starts N processes, one per GPU, and tells each its rank; alone we are rank 0 of 1.
+RANK = int(os.environ.get("RANK", 0))
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_ranks() -> None:
+    """Connect to the other ranks, if there are any. All of them run the same script on shares of the same work; rank 0 alone prints and writes."""
+    if RANKS > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(torch.distributed.destroy_process_group)
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+
+
+@dataclass
+class Preference:
+    """A query, n >= 1 responses and their ground-truth rewards. Making one that is malformed raises DataError (without a file or line)."""
+    query: str | list[dict]  # the user's only turn, or [{"role": "user" | "assistant" | "system", "content": str}, ...] up to their last
+    responses: list[str]
+    rewards: list[float]  # one per response; exactly one maximum when n >= 2
+    subset: str = ""
+    reference: str | None = None
+    id: str = ""
+
+    def __post_init__(self):
+        turns = self.query if isinstance(self.query, list) else [{"role": "user", "content": self.query}]
+        if not all(isinstance(turn, dict) and turn.keys() == {"role", "content"} and turn["role"] in ("user", "assistant", "system")
+                   and isinstance(turn["content"], str) for turn in turns):
+            raise DataError("the query is neither text nor a list of messages {role: user, assistant or system; content: text}")
+        if not turns or turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
+            raise DataError("the query is empty or does not end with the user's turn")
+        self.query = turns[0]["content"] if len(turns) == 1 else turns
+        if not isinstance(self.responses, list) or not self.responses or not all(isinstance(r, str) and r.strip() for r in self.responses):
+            raise DataError("the responses are not a list of texts, at least one and none of them empty")
+        # `type`, for True is an int to isinstance; the bound is false for NaN, infinities and integers beyond any float
+        if not isinstance(self.rewards, list) or not all(type(r) in (int, float) and abs(r) <= sys.float_info.max for r in self.rewards):
+            raise DataError("the rewards are not a list of finite numbers")
+        if len(self.rewards) != len(self.responses):
+            raise DataError(f"{len(self.responses)} responses but {len(self.rewards)} rewards")
+        self.rewards = [float(reward) for reward in self.rewards]
+        if self.rewards.count(max(self.rewards)) > 1:
+            raise DataError("a tie: more than one response has the best reward")
+        if not isinstance(self.subset, str) or not isinstance(self.id, str) or not isinstance(self.reference, str | None):
+            raise DataError("subset, id or reference is not text")
+        try:
+            json.dumps(vars(self), ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # JSON can escape half a surrogate pair, which no UTF-8 file and no tokenizer takes
+            raise DataError("a text holds half a character (a lone surrogate, such as \\ud800)") from None
+
+
+# The prompt's parts in the order in which they appear. It is the only thing that a language model knows about being a judge.
+TASK = ("Judge each response to the conversation. Write the specific criteria that matter here with their weights, analyse every response "
+        "against them, then score it.")
+TASK_WITHOUT_PRINCIPLES = "Judge each response to the conversation. Analyse every response, then score it."
+SCALE = "Scores run from 1 (fails altogether) through 6 (meets some criteria) to 10 (meets all criteria). Be strict; analyse before you score."
+SCALE_BINARY = "The score is 1 if the response is correct and 0 if it is not. Be strict; analyse before you score."
+GENERAL_CRITERIA = "General criteria: following instructions, usefulness, detail, relevance."
+MARKER = re.compile(r"\[(?=\s*(?:conversation|reference|response)[^\[\]]*(?:begins|ends)\s*\])", re.IGNORECASE)
+
+
+def block(name: str, text: str) -> str:
+    """`text` between its own begin and end markers. It is untrusted: a marker inside it loses its bracket, so it cannot close the block."""
+    return f"[{name} begins]\n{MARKER.sub('(', text)}\n[{name} ends]\n"
+
+
+def build_prompt(query: str | list[dict], responses: list[str], reference: str | None = None, hint: str | None = None, binary: bool = False,
+                 principles: bool = True, form: bool = True) -> str:
+    """The judge's prompt for a conversation and its responses, numbered from 1.
+
+    Args:
+        query: the user's turn, or a conversation of {"role", "content"} messages. responses: n >= 1 texts.
+        reference: a reference answer to judge against (E.1.3). hint: a last line that gives the truth away, for hinted sampling (section 3.2).
+        binary: scores 0 and 1 instead of 1..10, for single responses in training. principles: False leaves the criteria out (Table 4).
+        form: False leaves out the form of the answer, which a base model would copy; its worked examples show it.
+    """
+    turns = [{"role": "user", "content": query}] if isinstance(query, str) else query
+    parts = [f"{TASK if principles else TASK_WITHOUT_PRINCIPLES}\n{SCALE_BINARY if binary else SCALE}\n{GENERAL_CRITERIA}\n",
+             block("Conversation", "\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns))]
+    if reference is not None:
+        parts.append(block("Reference answer", reference))
+    parts += [block(f"Response {number}", response) for number, response in enumerate(responses, 1)]
+    if form:
+        parts.append("Answer in this form:\n" + "Specific Criteria: each criterion and its weight\n" * principles
+                     + "Analysis: each response against each criterion\n"
+                     + "Scores: \\boxed{" + ", ".join(f"s{number}" for number in range(1, len(responses) + 1)) + "}")
+    return "\n".join(parts) + (f"\n({hint})" if hint else "")
+
+
+@functools.cache
+def control_tokens(tokenizer) -> list[str]:
+    """The texts of a tokenizer's special tokens, such as "<end_of_turn>"."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special and len(token.content) > 1]
+
+
+def encode(tokenizer, prompt: str, shots: list[tuple[str, str]] = ()) -> list[int]:
+    """Token ids of a prompt, up to where the judgement begins: in the tokenizer's chat template if it has one, else as plain text; BOS once.
+
+    shots: worked (prompt, judgement) pairs that come first, for base models, which were never taught to follow instructions.
+    Control tokens spelled out in the text ("<end_of_turn>") are broken up, so that no response can end the user's turn.
+    """
+    turns = [text for shot in shots for text in shot] + [prompt]
+    for token in control_tokens(tokenizer):
+        turns = [turn.replace(token, f"{token[0]} {token[1:]}") for turn in turns]
+    if tokenizer.chat_template is None:
+        return tokenizer("\n\n".join(turns) + "\n\n")["input_ids"]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written BOS
+
+
+@dataclass
+class Judgement:
+    """What one output says: its principles and critique, and one score per response, or None and the reason why they are unreadable."""
+    principles: str
+    critique: str
+    scores: list[int] | None
+    unreadable: str = ""
+
+
+def read_judgement(text: str, n: int, binary: bool = False) -> Judgement:
+    """Take an output apart (Eq. 7: extract). Scores are the last box, exactly n integers in 1..10 (0..1 if binary); never raises."""
+    labels, start = {}, 0
+    for label in ("Specific Criteria", "Analysis", "Scores"):  # each at the start of a line, perhaps as a heading or in bold
+        if match := re.compile(rf"^[ \t#*_]*{label}[ *_]*:", re.IGNORECASE | re.MULTILINE).search(text, start):
+            labels[label], start = match, match.end()
+
+    def part(label):
+        if label not in labels:
+            return ""
+        end = min((later.start() for later in labels.values() if later.start() > labels[label].start()), default=len(text))
+        return text[labels[label].end():end].strip("*_# \n")
+
+    principles, critique = part("Specific Criteria"), part("Analysis")
+    low, high = (0, 1) if binary else (1, 10)
+    boxes = re.findall(r"\\boxed\s*\{([^{}]*)(\}?)", text)
+    if not boxes:
+        return Judgement(principles, critique, None, "no \\boxed{...}")
+    content, closed = boxes[-1]
+    entries = [entry.strip("*_`$ \t\n") for entry in content.split(",")]
+    if not closed:
+        reason = "the last box is not closed"
+    elif len(entries) != n:
+        reason = f"{len(entries)} scores for {n} responses"
+    elif not all(re.fullmatch("[0-9]{1,2}", entry) for entry in entries):
+        reason = "a score is not a whole number"
+    elif not all(low <= int(entry) <= high for entry in entries):
+        reason = f"a score is outside {low}..{high}"
+    else:
+        return Judgement(principles, critique, [int(entry) for entry in entries])
+    return Judgement(principles, critique, None, reason)
+
+
+@dataclass
+class Sample:
+    """A completion: its token ids (with the end token, if it came) and its text without special tokens."""
+    ids: list[int]
+    text: str
+
+
+def attention_masks(model, seen: torch.Tensor, distance: torch.Tensor):
+    """What is added to attention's logits: 0 where a query sees a key, the lowest number elsewhere; for Gemma 2 and 3 also that of sliding layers.
+
+    seen: (rows, queries, keys), true where a key may be looked at. distance: how many positions a query stands after a key, of a shape like it.
+    """
+    config, lowest = model.config.get_text_config(), torch.finfo(model.dtype).min
+    mask = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill(~seen, lowest)
+    if getattr(config, "layer_types", None) is None:
+        return mask[:, None]
+    sliding = mask.masked_fill(distance >= config.sliding_window, lowest) if getattr(config, "sliding_window", None) else mask
+    return {"full_attention": mask[:, None], "sliding_attention": sliding[:, None]}
+
+
+class Decoder:
+    """A batch in flight: the fixed buffers that a decode step reads and writes in place.
+
+    Prompts are padded on the left, so every row writes its next token to the same `column`. The decoder passes itself to the model as the
+    cache: in the prefill, attention layers leave their keys and values here by `update`; in a step, each adds one column and gets back the
+    first `visible` ones to look at. Sliding-window layers keep all columns too and the mask hides the old ones: more memory than a rolling
+    window, but nothing to move. In a step only the buffers change, and `visible` is set from outside, so it could be captured in a CUDA graph.
+    """
+
+    def __init__(self, model, prompts: list[tuple[int, ...]], rows: list[int], temperature: float, max_new_tokens: int, stop_ids: list[int],
+                 pad_id: int, generator: torch.Generator):
+        """prompts: distinct, each prefilled once. rows: for each sample, the number of its prompt."""
+        device = model.device
+        self.model, self.temperature, self.generator, self.pad_id = model, temperature, generator, pad_id
+        # Prefill: each distinct prompt once, a few thousand tokens at a time.
+        self.width = self.visible = max(map(len, prompts))
+        ids = torch.tensor([[pad_id] * (self.width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+        padding = torch.tensor([[self.width - len(prompt)] for prompt in prompts], device=device)
+        self.columns = torch.arange(self.width + max_new_tokens, device=device)
+        self.column, logits, keys, values = None, [], {}, {}
+        for part in torch.arange(len(prompts), device=device).split(max(1, 8192 // self.width)):
+            self.real, self.keys, self.values, columns = self.columns >= padding[part], {}, {}, self.columns[:self.width]
+            logits.append(self.forward(ids[part], (columns - padding[part]).clamp(min=0), columns))
+            for layer in self.keys:
+                keys.setdefault(layer, []).append(self.keys[layer])
+                values.setdefault(layer, []).append(self.values[layer])
+        # Expand: a row for each sample, with its own copy of the prompt's keys and values and room for what it will write.
+        rows = torch.tensor(rows, device=device)
+        for prefixes, cache in ((keys, self.keys), (values, self.values)):
+            for layer in cache:
+                prefix = torch.cat(prefixes.pop(layer))
+                cache[layer] = prefix.new_zeros(len(rows), prefix.shape[1], len(self.columns), prefix.shape[3])
+                cache[layer][:, :, :self.width] = prefix[rows]
+        self.real, self.logits, self.position = self.columns >= padding[rows], torch.cat(logits)[rows], self.width - 1 - padding[rows]
+        self.column = torch.tensor([self.width], device=device)
+        self.output = torch.full((len(rows), max_new_tokens), pad_id, device=device)
+        self.finished = torch.zeros(len(rows), 1, dtype=torch.bool, device=device)
+        self.stop_ids = torch.tensor(stop_ids, device=device)
+
+    def update(self, key, value, layer, *_, **__):
+        """Store a layer's new keys and values (rows, kv_heads, columns, head_dim); returns all that attention may look at."""
+        if self.column is None:  # prefill
+            self.keys[layer], self.values[layer] = key, value
+            return key, value
+        self.keys[layer].index_copy_(2, self.column, key)
+        self.values[layer].index_copy_(2, self.column, value)
+        return self.keys[layer][:, :, :self.visible], self.values[layer][:, :, :self.visible]
+
+    def get_seq_length(self, *_):
+        return 0  # transformers asks in order to make masks and positions, which we pass
+
+    def forward(self, ids, position, columns):
+        """Logits (rows, vocabulary) after the last of the tokens `ids` (rows, new), which stand at `columns` (new,)."""
+        distance = columns[:, None] - self.columns[:self.visible]
+        mask = attention_masks(self.model, self.real[:, None, :self.visible] & (distance >= 0), distance)
+        return self.model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=self, use_cache=True,
+                          logits_to_keep=1).logits[:, -1]
+
+    def step(self):
+        """Draw a token for every row and run the model on it. Nothing waits for the device."""
+        scores = self.logits.float()
+        if self.temperature > 0:  # Gumbel-max: argmax(logits / T + Gumbel noise) is a draw from softmax(logits / T)
+            scores = scores / self.temperature - torch.empty_like(scores).exponential_(generator=self.generator).log()
+        token = scores.argmax(-1, keepdim=True).masked_fill(self.finished, self.pad_id)
+        self.output.index_copy_(1, self.column - self.width, token)
+        self.finished |= (token == self.stop_ids).any(-1, keepdim=True)
+        self.position += 1
+        self.logits.copy_(self.forward(token, self.position, self.column))
+        self.column += 1
+
+    def keep(self, rows: list[int]):
+        """Drop all other rows."""
+        rows = torch.tensor(rows, device=self.real.device)
+        for cache in (self.keys, self.values):
+            for layer in cache:
+                cache[layer] = cache[layer][rows]
+        for name in ("logits", "real", "position", "output", "finished"):
+            setattr(self, name, getattr(self, name)[rows])
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: float = 1.0, max_new_tokens: int = 512,
+           batch_size: int | None = None, seed: int = 0, stop: str | None = None, progress: bool = True) -> list[list[Sample]]:
+    """Draw n completions of every prompt.
+
+    Args:
+        prompts: token ids, as from `encode`; equal prompts are prefilled once. temperature: 0 is greedy. max_new_tokens: at most so many.
+        batch_size: rows decoded together (default: what free memory holds); halved when memory runs out, and what is done stays done.
+        stop: cut a completion off before this text. seed: the same arguments draw the same samples. progress: show a bar.
+    Ranks deal the distinct prompts out among themselves, and each gets all samples.
+    Returns n samples for each prompt, in the order of `prompts`. Raises ModelError if not even one row fits into memory.
+    """
+    model.eval()
+    end = model.generation_config.eos_token_id
+    stop_ids = sorted({*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id} - {None})
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
+    generator = torch.Generator(model.device).manual_seed(seed + 10**9 * RANK)
+    # Longest first: neighbours in a batch need little padding, and memory runs out at once or never.
+    queue = [(tuple(prompt), slot) for slot, prompt in enumerate(prompt for prompt in prompts for _ in range(n))]
+    queue.sort(key=lambda entry: (-len(entry[0]), entry))
+    samples, tokens, start = [None] * len(queue), 0, time.time()
+    dealt = {prompt: number % RANKS for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in queue))}
+    queue = [entry for entry in queue if dealt[entry[0]] == RANK]
+    with tqdm(total=len(queue), desc="sampling", unit=" samples", disable=not progress or RANK > 0) as bar:
+        while queue:
+            batch = queue[:batch_size or rows_that_fit(model, len(queue[0][0]) + max_new_tokens)]
+            try:
+                distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in batch))}
+                decoder = Decoder(model, list(distinct), [distinct[prompt] for prompt, _ in batch], temperature, max_new_tokens, stop_ids, pad_id,
+                                  generator)
+                slots, count = [slot for _, slot in batch], 0
+                while slots:
+                    for _ in range(min(16, max_new_tokens - count)):
+                        count += 1
+                        decoder.visible = min(len(decoder.columns), -(-(decoder.width + count) // 64) * 64)  # grows by 64
+                        decoder.step()
+                    finished, outputs = decoder.finished[:, 0].tolist(), decoder.output[:, :count].tolist()  # the one look at the device
+                    if stop:
+                        finished = [over or stop in tokenizer.decode(ids) for over, ids in zip(finished, outputs)]
+                    if count == max_new_tokens:
+                        finished = [True] * len(slots)
+                    if 4 * sum(finished) < len(slots):  # moving the rows costs a copy: not for a few
+                        continue
+                    for slot, ids, over in zip(slots, outputs, finished):
+                        if over:
+                            samples[slot] = finish(tokenizer, ids, stop_ids, stop)
+                            tokens += len(samples[slot].ids)
+                    bar.update(sum(finished))
+                    bar.set_postfix_str(f"{tokens / (time.time() - start):,.0f} tokens/s")
+                    alive = [row for row, over in enumerate(finished) if not over]
+                    slots = [slots[row] for row in alive]
+                    if slots:
+                        decoder.keep(alive)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what the CPU's allocator raises
+                if "memory" not in str(error):
+                    raise
+                if len(batch) == 1:
+                    raise ModelError(f"not enough memory for one row of {len(batch[0][0]) + max_new_tokens} tokens: shorten --max-new-tokens, "
+                                     "or load the model with --quantize nf4") from None
+                batch_size = len(batch) // 2
+                bar.write(f"out of memory with {len(batch)} rows; going on with {batch_size}")
+            decoder = None  # its buffers are free before the next ones are made
+            queue = [entry for entry in queue if samples[entry[1]] is None]
+    if RANKS > 1:
+        torch.distributed.all_gather_object(parts := [None] * RANKS, samples)
+        samples = [next(filter(None, of_slot)) for of_slot in zip(*parts)]
+    return [samples[i:i + n] for i in range(0, len(samples), n)]
+
+
+def finish(tokenizer, ids: list[int], stop_ids: list[int], stop: str | None) -> Sample:
+    """Cut a row of output after its end token, and before the text `stop`."""
+    end = next((i + 1 for i, token in enumerate(ids) if token in stop_ids), len(ids))
+    text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+    if stop and stop in text:
+        text = text[:text.index(stop)]
+        while stop in tokenizer.decode(ids[:end - 1], skip_special_tokens=True):
+            end -= 1
+    return Sample(ids[:end], text)
+
+
+def rows_that_fit(model, columns: int) -> int:
+    """How many rows of `columns` tokens half of the free memory holds: keys and values, and a few copies of a row's logits."""
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    row = 2 * config.num_hidden_layers * heads * head_dim * columns * model.dtype.itemsize + 16 * config.vocab_size
+    if model.device.type == "cuda":
+        return max(1, min(1024, torch.cuda.mem_get_info()[0] // 2 // row))
+    return max(1, min(256, psutil.virtual_memory().available // 2 // row))
+
+
+class LoRA(torch.nn.Module):
+    """A linear layer with a low-rank correction: y = base(x) + alpha / r * B(A(x)). base may be quantized; A is (r, in), B is (out, r)."""
+
+    def __init__(self, base: torch.nn.Module, r: int, alpha: float):
+        super().__init__()
+        self.base, self.scaling = base, alpha / r
+        self.lora_A = torch.nn.Linear(base.in_features, r, bias=False, device=base.weight.device, dtype=torch.float32)
+        self.lora_B = torch.nn.Linear(r, base.out_features, bias=False, device=base.weight.device, dtype=torch.float32)
+        torch.nn.init.zeros_(self.lora_B.weight)  # starts as the base alone
+
+    def forward(self, x):
+        return self.base(x) + (self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))) * self.scaling).to(x.dtype)
+
+
+def add_lora(model, targets: list[str], r: int, alpha: float) -> None:
+    """Wrap every linear layer whose name ends in one of `targets` ("q_proj", ...) and freeze everything but the adapters."""
+    model.requires_grad_(False)
+    for name, module in list(model.named_modules()):
+        if name.split(".")[-1] in targets:
+            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], LoRA(module, r, alpha))
+
+
+def load_model(name: str | Path, quantize: str = "none"):
+    """Load a causal language model and its tokenizer; bfloat16 on CUDA, float32 on the CPU; safetensors only, no remote code.
+
+    Args:
+        name: a folder, a Hub name, a GGUF file (converted once, kept in ~/.cache/spct), or a folder with a LoRA adapter in PEFT's format.
+        quantize: "nf4" (4 bits, double quantization: about 0.55 bytes a weight), "int8", or "none". Embeddings stay as they are.
+    Raises ModelError with what to do: log in for a gated model, pick another quantization, install a package.
+    """
+    name = str(name)
+    adapter = Path(name, "adapter_config.json")
+    if adapter.exists():
+        config = json.loads(adapter.read_text())
+        if config.get("use_rslora") or config.get("use_dora") or not isinstance(config["target_modules"], list):
+            raise ModelError(f"{name}: only plain LoRA with a list of target_modules can be read; merge the adapter into its base with peft")
+        model, tokenizer = load_model(config["base_model_name_or_path"], quantize)
+        add_lora(model, config["target_modules"], config["r"], config["lora_alpha"])
+        from safetensors.torch import load_file
+        weights = load_file(Path(name, "adapter_model.safetensors"))
+        weights = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
+        _, unknown = model.load_state_dict(weights, strict=False)
+        if unknown or not weights:
+            raise ModelError(f"{name}: the adapter does not fit its base model {config['base_model_name_or_path']}: {unknown[:1]}")
+        return model, tokenizer
+    cuda = torch.cuda.is_available()
+    device, dtype = (f"cuda:{torch.cuda.current_device()}", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    config = {"none": None, "int8": BitsAndBytesConfig(load_in_8bit=True),
+              "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
+    try:
+        if name.endswith(".gguf"):
+            name = convert_gguf(Path(name))
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, quantization_config=config[quantize], use_safetensors=True,
+                                                     trust_remote_code=False, device_map={"": device} if quantize != "none" else None)
+        model = model.to(device) if quantize == "none" else model
+    except (OSError, ValueError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        if "gated" in str(error).lower():
+            raise ModelError(f"{name} is gated: accept its terms on its page of the Hub, then run `hf auth login`") from None
+        raise ModelError(f"cannot load the model {name}: {first}") from None
+    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+        if "memory" not in str(error):
+            raise
+        raise ModelError(f"not enough memory on {device} for {name}: try --quantize nf4 (a quarter of bfloat16) or a smaller model") from None
+    for module in model.modules():  # on some CPUs, sampling would repack 4-bit weights into a form that has no gradient
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+    return model.eval(), tokenizer
+
+
+def mean_and_se(values: list[float], clusters: list) -> tuple[float, float]:
+    """Mean and its standard error; values of one cluster (the same query) may depend on each other. (nan, nan) of nothing."""
+    if not values:
+        return math.nan, math.nan
+    mean, sums = sum(values) / len(values), {}
+    for value, cluster in zip(values, clusters):
+        sums[cluster] = sums.get(cluster, 0.0) + value - mean
+    correction = len(sums) / (len(sums) - 1) if len(sums) > 1 else math.nan
+    return mean, math.sqrt(correction * sum(s * s for s in sums.values())) / len(values)
+
+
+def is_correct(scores: list[float] | None, rewards: list[float]) -> bool:
+    """Eq. 10: S_j > S_i for all i != j = argmax r; for a single response S_1 = r_1. Unreadable scores (None) are not correct."""
+    if scores is None:
+        return False
+    if len(rewards) == 1:
+        return scores[0] == rewards[0]
+    best = rewards.index(max(rewards))
+    return all(scores[best] > score for i, score in enumerate(scores) if i != best)
+
+
+def convert_gguf(path: Path) -> str:
+    """Dequantize a GGUF file into a Hugging Face folder, once; returns the folder. The minute goes into parsing the vocabulary."""
+    if not path.is_file():
+        raise ModelError(f"there is no file {path}")
+    try:
+        import gguf  # noqa: F401  (transformers needs it and is less clear about it)
+    except ImportError:
+        raise ModelError("reading a GGUF file needs the package gguf: pip install gguf") from None
+    folder = Path(os.environ.get("SPCT_CACHE", "~/.cache/spct")).expanduser() / f"{path.stem}-{path.stat().st_size}-{int(path.stat().st_mtime)}"
+    if not folder.exists():
+        print(f"converting {path.name}, once, into {folder}")
+        aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")  # so that an interrupted conversion is never taken for a whole one
+        # Newer versions of transformers can keep GGUF's own quantization and have to be told not to.
+        plain = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+        try:
+            parts = (AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16, **plain),
+                     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name))
+        except Exception as error:  # a broken file fails in the parser in more ways than one can list
+            raise ModelError(f"{path} cannot be read as a GGUF model: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+        for part in parts:
+            part.save_pretrained(aside)
+        os.replace(aside, folder)
+    return str(folder)
+
+
+def parse_json(text: bytes) -> object:
+    """Return the JSON value in UTF-8 `text`, with or without a byte order mark. Raises: DataError (without a file or line)."""
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer of 5000 digits, brackets 5000 deep
+        raise DataError(f"invalid JSON: {error}") from None
+
+
+def read_lines(path: str | Path) -> list[bytes]:
+    """The lines of a file, as bytes: a U+2028 within a text ends no line. Raises DataError."""
+    try:
+        return Path(path).read_bytes().split(b"\n")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def load_lines(path: str | Path) -> list[Preference]:
+    """Read preferences from JSON Lines of {"query", "responses", "rewards"} and optionally {"subset", "reference", "id"}.
+
+    Returns them in the file's order. Raises DataError that starts with "path:line:", or "path:" if it is about the whole file.
+    """
+    preferences = []
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            record = parse_json(line) if line.strip() else None
+            if isinstance(record, dict) and record.keys() >= {"query", "responses", "rewards"}:
+                preferences.append(Preference(**{field.name: record[field.name] for field in fields(Preference) if field.name in record}))
+            elif line.strip():
+                raise DataError("expected query, responses, rewards; convert it with: "
+                                f"python 01_pointwise_grm.py --data {path} --export OUT.jsonl")
+        except DataError as error:
+            raise DataError(f"{path}:{number}: {error}") from None
+    if not preferences:
+        raise DataError(f"{path}: no records")
+    return preferences
+
+
+@dataclass
+class Trajectory:
+    """A sampled judgement: what was shown, what came out, and whether to train on it. A line of trajectories.jsonl."""
+    item: int  # the item's number in the data
+    query: str | list[dict]
+    responses: list[str]  # in the order shown; so are rewards and scores
+    rewards: list[float]
+    order: list[int]  # responses[i] was the item's response order[i]
+    hinted: bool
+    binary: bool  # single responses are scored 0 or 1 in training
+    reference: str | None = None
+    output: str = ""
+    scores: list[int] | None = None
+    correct: bool = False
+    kept: bool = False
+    reason: str = ""
+
+    def prompt(self, hinted: bool) -> str:
+        """The judge's prompt; hinted: it ends with the truth. What is trained on never is, however it was sampled."""
+        best = self.rewards.index(max(self.rewards)) + 1
+        hint = f"The best response is number {best}." if len(self.rewards) > 1 else f"The right score is {self.rewards[0]:g}."
+        return build_prompt(self.query, self.responses, self.reference, hint if hinted else None, self.binary)
+
+    def line(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+
+
+def show(item: Preference, number: int, seed: str, hinted: bool = False, binary: bool = False) -> Trajectory:
+    """Item `number` with its responses in a random order, which the seed decides: position must say nothing."""
+    order = list(range(len(item.responses)))
+    random.Random(f"{seed} {number}").shuffle(order)
+    return Trajectory(number, item.query, [item.responses[i] for i in order], [item.rewards[i] for i in order], order, hinted, binary, item.reference)
+
+
+def judge(model, tokenizer, shown: list[Trajectory], temperature: float, args, seed: int) -> None:
+    """Let the model judge what is shown: fills in output, scores, correct and, if it cannot be read, reason."""
+    prompts = [encode(tokenizer, t.prompt(t.hinted)) for t in shown]
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize) - args.max_new_tokens
+    fit = [i for i, prompt in enumerate(prompts) if len(prompt) <= longest]
+    for i, [drawn] in zip(fit, sample(model, tokenizer, [prompts[i] for i in fit], 1, temperature, args.max_new_tokens, args.batch_size, seed)):
+        shown[i].output = drawn.text
+    for t, prompt in zip(shown, prompts):
+        judgement = read_judgement(t.output, len(t.responses), t.binary)
+        t.scores, t.correct = judgement.scores, is_correct(judgement.scores, t.rewards)
+        why = judgement.unreadable if len(prompt) <= longest else f"the prompt of {len(prompt)} tokens is too long"
+        t.reason = f"unreadable: {why}" if t.scores is None else ""
+
+
+Example = tuple[list[int], list[int]]  # token ids of a prompt, and of the completion to learn with its end token
+
+
+def examples_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
+    """Which of `count` examples a step takes: epoch after epoch, each in its own order. It follows from the step alone: nothing to save."""
+    first, order = step * size, []
+    for epoch in range(first // count, (first + size - 1) // count + 1):
+        numbers = list(range(count))
+        random.Random(f"{seed} {epoch}").shuffle(numbers)
+        order += numbers
+    return order[first % count:first % count + size]
+
+
+def micro_batches(examples: list, tokens: int) -> list[list]:
+    """Split what starts with a prompt and a completion into batches of similar length, of at most `tokens` tokens with padding (or of one)."""
+    def length(one):
+        return len(one[0]) + len(one[1])
+
+    batches = []
+    for one in sorted(examples, key=length, reverse=True):
+        if batches and length(batches[-1][0]) * (len(batches[-1]) + 1) <= tokens:
+            batches[-1].append(one)
+        else:
+            batches.append([one])
+    return batches
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear warm-up over the first share `warmup` of the steps, then a cosine down to a tenth of the peak."""
+    rise = max(1, round(warmup * steps))
+    return peak * min((step + 1) / rise, 0.55 + 0.45 * math.cos(math.pi * max(0, step - rise) / max(1, steps - rise)))
+
+
+def train(model, examples: list[Example], loss_of, args, out: Path) -> int:
+    """Train until loss_of(model, examples), a sum, is small; from `out`'s checkpoint if there is one. Returns the number of steps.
+
+    Saves every --save-every steps and on Ctrl-C, which it raises as KeyboardInterrupt. Raises ModelError if loss or gradient are not finite.
+    """
+    parameters, optimizer = start_training(model, args)
+    steps, first, start = math.ceil(args.epochs * len(examples) / args.train_batch), restore(out, model, optimizer), time.time()
+    with interruptible() as wish:
+        for step in (bar := tqdm(range(first, steps), desc="training", unit=" steps", initial=first, total=steps, disable=RANK > 0)):
+            batch = [examples[i] for i in examples_of_step(step, len(examples), args.train_batch, args.seed)]
+            lr, loss, units = learning_rate(step, steps, args.lr, args.warmup), 0.0, sum(len(completion) for _, completion in batch)
+            for part in micro_batches(batch[RANK::RANKS], args.micro_tokens):
+                with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+                    part_loss = loss_of(model, part) / units
+                part_loss.backward()
+                loss += part_loss.item()
+            [loss] = total([loss])
+            norm = update(parameters, optimizer, lr, step, loss)
+            bar.set_postfix_str(f"loss {loss:.3f}")
+            append(out / "log.jsonl", json.dumps({"step": step + 1, "loss": loss, "norm": norm, "lr": lr, "tokens": units,
+                                                  "seconds": time.time() - start}) + "\n")
+            save_if_due(out, step + 1, parameters, optimizer, wish, (step + 1) % args.save_every == 0 or step + 1 == steps)
+    return steps
+
+
+def start_training(model, args):
+    """What is to be learnt, by name, and an optimizer for it: AdamW, with its state in 8 bits for a quantized model on CUDA."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if model.device.type == "cuda":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if model.device.type == "cuda" and args.quantize != "none":
+        from bitsandbytes.optim import AdamW8bit as AdamW
+    else:
+        from torch.optim import AdamW
+    model.train()
+    return parameters, AdamW(parameters.values(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def update(parameters: dict, optimizer, lr: float, step: int, loss: float) -> float:
+    """Take a step along the gradient, summed over the ranks and clipped to norm 1; returns the norm before. Raises ModelError if not finite."""
+    for parameter in parameters.values() if RANKS > 1 else ():
+        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.distributed.all_reduce(parameter.grad)
+    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0).item()
+    if not math.isfinite(loss + norm):
+        raise ModelError(f"step {step + 1}: the loss is {loss} and the gradient's norm {norm} at learning rate {lr:.2g}; try --lr {lr / 3:.1g}")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def total(values: list[float]) -> list[float]:
+    """Each value summed over the ranks."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    if RANKS > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor.tolist()
+
+
+@contextlib.contextmanager
+def interruptible():
+    """Within it, the first Ctrl-C is only put down in the list that it gives, to be obeyed between two steps; the second one kills."""
+    wish = []
+    handler = signal.signal(signal.SIGINT, lambda *_: wish.append(signal.signal(signal.SIGINT, signal.default_int_handler)))
+    try:
+        yield wish
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def save_if_due(out: Path, step: int, parameters: dict, optimizer, wish: list, due: bool) -> None:
+    """Write a checkpoint if it is due or somebody wishes to stop; then raise KeyboardInterrupt."""
+    [stop] = total([len(wish)])
+    if due or stop:
+        put(out / "checkpoint.pt", lambda aside: torch.save({"step": step, "weights": parameters, "optimizer": optimizer.state_dict()}, aside))
+    if stop:
+        raise KeyboardInterrupt
+
+
+def restore(out: Path, model, optimizer) -> int:
+    """Load the checkpoint, if there is one, and cut off the log of the steps after it. Returns the number of steps that are done."""
+    path, log, step = out / "checkpoint.pt", out / "log.jsonl", 0
+    if path.exists():
+        state = torch.load(path, map_location=model.device, weights_only=True)
+        model.load_state_dict(state["weights"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    kept = log.read_text().splitlines(keepends=True)[:step] if log.exists() else []
+    put(log, lambda aside: aside.write_text("".join(kept)))
+    return step
+
+
+def append(path: Path, text: str) -> None:
+    if RANK == 0:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def put(path: Path, write) -> None:
+    """Make a file or folder whole or not at all: `write` gets a path aside, which then takes the place of `path`. Rank 0 does; all wait."""
+    if RANK == 0:
+        aside = path.with_name(f"{path.name}.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        write(aside)
+        shutil.rmtree(path, ignore_errors=True)  # does nothing to a file
+        os.replace(aside, path)
+    if RANKS > 1:
+        torch.distributed.barrier()
+
+
+def save_model(model, tokenizer, folder: Path, base: str) -> None:
+    """Save all weights in Hugging Face's format, or, if the model has adapters, them alone in PEFT's."""
+    adapters = {name: module for name, module in model.named_modules() if isinstance(module, LoRA)}
+    if adapters:
+        folder.mkdir()
+        adapter = Path(base, "adapter_config.json")  # training went on with an adapter: its base is ours
+        if adapter.exists():
+            base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        base = os.path.abspath(base) if os.path.exists(base) else base
+        r, scaling = next((module.lora_A.out_features, module.scaling) for module in adapters.values())
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": r, "lora_alpha": scaling * r,
+                  "target_modules": sorted({name.split(".")[-1] for name in adapters})}
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        save_file({f"base_model.model.{name}.{part}.weight": getattr(module, part).weight.detach().cpu().contiguous()
+                   for name, module in adapters.items() for part in ("lora_A", "lora_B")}, folder / "adapter_model.safetensors")
+    else:
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def set_trainable(model, args) -> None:
+    """Adapters if the model has them, is quantized, or --lora-r asks for them; else all weights, in float32 (CUDA then computes in bfloat16)."""
+    r = args.lora_r if args.lora_r is not None else 16 * (args.quantize != "none")
+    if not any(isinstance(module, LoRA) for module in model.modules()):
+        torch.manual_seed(args.seed)
+        if r:
+            add_lora(model, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], r, 2 * r)
+        else:
+            model.float()
+
+
+def open_run(out: Path, settings: dict, resume: bool) -> None:
+    """Start a run in `out`, or make sure that the one to resume there had the same settings. Raises DataError."""
+    path = out / "settings.json"
+    if resume:
+        was = json.loads(path.read_text()) if path.exists() else {}
+        if changed := [f"{name} {value} (was {was.get(name)})" for name, value in settings.items() if was.get(name) != value]:
+            raise DataError(f"--resume: the run in {out} had other settings: {', '.join(changed)}; give the same, or start anew without --resume"
+                            if was else f"--resume: there is no run in {out}")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("trajectories.jsonl", "hard.json", "before.jsonl", "after.jsonl", "checkpoint.pt", "log.jsonl", "results.json"):
+            (out / name).unlink(missing_ok=True)
+        put(path, lambda aside: aside.write_text(json.dumps(settings, indent=1) + "\n"))
+
+
+def fingerprint(model: str) -> list:
+    """What tells a model's weights from others without reading them: the names, sizes and times of its files; a Hub name stands for itself."""
+    path = Path(model)
+    if not path.exists():
+        return [model]
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    adapter = path / "adapter_config.json"
+    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else None
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files] + (fingerprint(base) if base else [])
+
+
+def read_trajectories(path: str | Path) -> list[Trajectory]:
+    """Read a file of trajectories, but not a last line that was cut off in writing. Raises DataError that starts with "path:line:"."""
+    trajectories = []
+    for number, line in enumerate(read_lines(path)[:-1], 1):
+        try:
+            trajectories.append(Trajectory(**parse_json(line)))
+        except (TypeError, DataError):
+            raise DataError(f"{path}:{number}: not a sampled judgement; delete the file, and it will be sampled again") from None
+    return trajectories
+
+
+def judge_items(kind: str, name: str, load: Callable, items: list[Preference], args, out: Path, at_once: int = 1024) -> tuple[list[Trajectory], dict]:
+    """Judgements of every item, item after item, by the model `name`, which `load()` loads if something is left to sample.
+
+    kind: "samples" are args.k of each item at args.temperature, every one with its own order of responses; "greedy" is one, in the item's order.
+    They are kept in out/KIND-DIGITS.jsonl, where the digits follow from all that decides them. The file grows by chunks of about `at_once`, and
+    what is in it already is taken over. Beside it lies a .json with what decided, the model's "parameters" and the mean "tokens" of a judgement,
+    which is returned with the trajectories. Raises DataError and ModelError.
+    """
+    k, temperature = (args.k, args.temperature) if kind == "samples" else (1, 0.0)
+    decides = {"kind": kind, "model": fingerprint(name), "quantize": args.quantize, "k": k, "temperature": temperature, "seed": args.seed,
+               "max_new_tokens": args.max_new_tokens, "data": zlib.crc32(repr(items).encode()), "prompt": build_prompt("", ["", ""])}
+    path = out / f"{kind}-{zlib.crc32(json.dumps(decides).encode()):08x}.jsonl"
+    facts, chunk, done = path.with_suffix(".json"), max(1, at_once // k), []
+    if path.exists():
+        done = read_trajectories(path)
+        if len(done) < len(items) * k:
+            del done[len(done) // (k * chunk) * k * chunk:]  # a chunk that was cut off in writing
+            put(path, lambda aside: aside.write_text("".join(t.line() for t in done), encoding="utf-8"))
+        print(f"{name}: {len(done)} of {len(items) * k} judgements taken over from {path}")
+    for first in range(len(done) // k, len(items), chunk):
+        shown = [show(item, number, f"{args.seed} vote {i}") if kind == "samples" else
+                 Trajectory(number, item.query, item.responses, item.rewards, list(range(len(item.responses))), False, False, item.reference)
+                 for number, item in enumerate(items[first:first + chunk], first) for i in range(k)]
+        judge(*load(), shown, temperature, args, args.seed + first)
+        append(path, "".join(t.line() for t in shown))
+        done += shown
+    if facts.exists():
+        known = json.loads(facts.read_text())
+    else:
+        model, tokenizer = load()
+        tokens = sum(len(ids) + 1 for ids in tokenizer([t.output for t in done], add_special_tokens=False)["input_ids"])  # 1: the end token
+        known = decides | {"name": name, "parameters": model.num_parameters(), "tokens": tokens / len(done)}
+    put(facts, lambda aside: aside.write_text(json.dumps(known, indent=1) + "\n"))  # in any case: the ranks must all come to this, or none
+    return done, known
+
+
+def score_tensor(trajectories: list[Trajectory], k: int) -> torch.Tensor:
+    """The scores (items, k, responses) of k trajectories an item, put back into the item's order.
+
+    nan: the sample cannot be read. -inf: the item has no such response; it loses every vote.
+    """
+    width, rows = max(len(t.order) for t in trajectories), []
+    for t in trajectories:
+        scores = dict(zip(t.order, t.scores or [math.nan] * len(t.order)))
+        rows.append([scores.get(i, -math.inf) for i in range(width)])
+    return torch.tensor(rows, dtype=torch.float64).view(-1, k, width)
+
+
+def vote_sum(scores: torch.Tensor) -> torch.Tensor:
+    """Scores (..., k, responses) to votes (..., responses): each response's sum over the k samples, unreadable ones adding nothing (Eq. 14)."""
+    return torch.where(scores.isnan(), 0.0, scores).sum(-2)
+
+
+def subsets(items: int, total: int, k: int, rounds: int = 100, seed: int = 0) -> Iterator[torch.Tensor]:
+    """Random subsets of k of an item's `total` samples: indices (items, total // k, k), `rounds` times.
+
+    A round shuffles the samples and cuts them into subsets that share none; so k = 1 and k = total take one round to be exact.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(1 if k in (1, total) else rounds):
+        order = torch.rand(items, total, generator=generator).argsort(-1)
+        yield order[:, :total // k * k].view(items, total // k, k)
+
+
+def take(scores: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The samples of subsets: scores (items, total, responses) at indices (items, subsets, k) are (items, subsets, k, responses)."""
+    return scores[torch.arange(len(scores))[:, None, None], index]
+
+
+def right_and_tied(votes: torch.Tensor, best: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What votes (items, subsets, responses) are worth, where response best (items,) is the best: means over the subsets, each (items,).
+
+    accuracy: the chance to choose the best response, ties broken by a fair coin; strict: it alone has the most votes (Eq. 10); ties.
+    """
+    votes = torch.where(votes.isnan(), 0.0, votes)
+    top = votes == votes.amax(-1, keepdim=True)
+    count, right = top.sum(-1), top.gather(-1, best[:, None, None].expand(-1, votes.shape[1], 1))[..., 0]
+    return {"accuracy": (right / count).mean(-1), "strict": (right & (count == 1)).double().mean(-1), "ties": (count > 1).double().mean(-1)}
+
+
+def over_subsets(vote: Callable, best: torch.Tensor, total: int, k: int) -> dict[str, torch.Tensor]:
+    """`right_and_tied` of vote(indices (items, subsets, k)), a tensor (items, subsets, responses), as the mean over many random subsets."""
+    rounds = [right_and_tied(vote(index), best) for index in subsets(len(best), total, k)]
+    return {key: torch.stack([values[key] for values in rounds]).mean(0) for key in rounds[0]}
+
+
+def bootstrap(values: torch.Tensor, clusters: list, rounds: int = 2000) -> list[float]:
+    """[mean, low, high] of values (items,) with its 95% interval: items are drawn anew with replacement, those of a cluster (query) together."""
+    if not len(values):
+        return [math.nan] * 3
+    numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
+    member = torch.tensor([numbers[cluster] for cluster in clusters])
+    sums, sizes = torch.zeros(len(numbers), dtype=torch.float64).index_add(0, member, values.double()), torch.bincount(member)
+    drawn = torch.randint(len(numbers), (rounds, len(numbers)), generator=torch.Generator().manual_seed(0))
+    low, high = (sums[drawn].sum(1) / sizes[drawn].sum(1)).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return [values.double().mean().item(), low, high]
+
+
+def percent(figure: list[float], sign: str = "") -> str:
+    """A figure with its interval: "75.0 [72.1, 77.9]"; nothing if it is not a number."""
+    mean, low, high = (100 * value for value in figure)
+    return "" if math.isnan(mean) else f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def draw_curves(axes, curves: dict[str, tuple[list, list]]) -> None:
+    """Draw a line with its band for each of name: (xs, [mean, low, high] for each x), in percent. Colours differ in brightness, markers and dashes
+    in form: the lines stay apart in grey."""
+    for number, (name, (xs, figures)) in enumerate(curves.items()):
+        mean, low, high = ([100 * value for value in values] for values in zip(*figures))
+        color = matplotlib.colormaps["viridis"](0.75 * number / max(1, len(curves) - 1))
+        axes.fill_between(xs, low, high, facecolor=(*color[:3], 0.13), edgecolor=(*color[:3], 0.5), linewidth=0.6)
+        axes.plot(xs, mean, color=color, marker="os^DvP*X"[number % 8], linestyle=["-", "--", "-.", ":"][number % 4], linewidth=2, markersize=8,
+                  markerfacecolor=(color, "white")[number % 2], markeredgewidth=2, label=name)
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (DataError, ModelError) as error:
+        sys.exit(f"error: {error}")
