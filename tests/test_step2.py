@@ -277,6 +277,21 @@ def test_killed_and_resumed_gives_the_same_weights(tmp_path, extra):
     assert json.loads((tmp_path / "cut" / "results.json").read_text())["figures"] == results["figures"]
 
 
+def test_a_teacher_and_instructions_from_end_to_end(tmp_path):
+    """A teacher of its own writes the trajectories, and instruction data is half of what is trained on."""
+    (tmp_path / "instructions.jsonl").write_text('{"prompt": "Name a prime.", "completion": "Seven."}\n'
+                                                 '{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]}\n')
+    rft.load_model(JUDGE)[0].save_pretrained(tmp_path / "teacher")
+    rft.load_model(JUDGE)[1].save_pretrained(tmp_path / "teacher")
+    run(tmp_path, *TINY, "--teacher", "teacher", "--instruct-data", "instructions.jsonl", "--out", "taught")
+    results = json.loads((tmp_path / "taught" / "results.json").read_text())
+    kept = sum(json.loads(line)["kept"] for line in (tmp_path / "taught" / "trajectories.jsonl").read_text().splitlines())
+    assert results["examples"] == 2 * kept > 0 and results["settings"]["teacher"] == "teacher"
+    (tmp_path / "instructions.jsonl").write_text('{"prompt": "Name a prime."}\n')
+    _, told = run(tmp_path, *TINY, "--instruct-data", "instructions.jsonl", "--out", "taught", code=1)
+    assert "error: instructions.jsonl:1: expected" in told and "Traceback" not in told
+
+
 def test_a_loss_that_is_not_finite_stops(tmp_path):
     model, tokenizer = rft.load_model(JUDGE)
     shown = [rft.show(item, i, "s") for i, item in enumerate(rft.load_lines(TRAIN)[:4])]
