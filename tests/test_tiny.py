@@ -78,7 +78,9 @@ def test_what_the_judge_learns_from_is_true_and_consistent(stage):
             continue
         criteria = world.criteria_of(prompt)
         named = re.findall(r"\(weight [123]\)", judgement)
-        assert len(named) == 2 if stage == "sloppy" else 1 <= len(named) <= len(criteria)
+        assert 1 <= len(named) <= (3 if stage == "sloppy" else len(criteria))
         responses = [line for line in prompt.split("\n") if line.startswith(tuple(world.OPENINGS)) and "," in line]
         found = read_judgements.read({"query": prompt, "responses": responses, "output": judgement, "binary": grm.SCALE_BINARY in prompt})
         assert set(found["true verdicts"]) == {1.0} and found["consistent scores"] == [1.0]
+        unasked = [demand for demand in re.findall(r"(?:must|should|could) (.+?) \(weight", judgement) if demand not in [c.text for c in criteria]]
+        assert unasked in ([], ["have at least 5 items"], ["have at least 6 items"]) and (stage == "sloppy" or not unasked)

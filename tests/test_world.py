@@ -151,7 +151,7 @@ def test_named_criteria_and_weights():
     # "mention rope" as it should be, "begin with tent" too heavy, and one that nobody asked for
     named = [(ALL[0], 3), (ALL[2], 3), (Criterion("mention", "lamp", 1), 2)]
     found = read_judgements.read({**RECORD, "output": judgement_of(named)})
-    assert found["criteria named"] == [1, 0, 1, 0]
+    assert found["asked for"] == [1, 1, 0] and found["criteria named"] == [1, 0, 1, 0]
     assert (found["must named"], found["should named"], found["could named"]) == ([1, 0], [0], [1])
     assert found["right weights"] == [1, 0] and found["true verdicts"] == [1] * 6 and found["consistent scores"] == [1]
 
@@ -192,7 +192,7 @@ def test_odd_text_never_raises():
                                text.replace(rng.choice(["rope", "yes", "4", "3", "9, 2"]), rng.choice(ODD))])
         found = read_judgements.read({"query": rng.choice([QUERY, text]), "responses": rng.choice([RESPONSES, [text], ["."], []]),
                                       "output": text})
-        assert set(found) == {"true verdicts", "criteria named", "must named", "should named", "could named", "right weights",
+        assert set(found) == {"true verdicts", "asked for", "criteria named", "must named", "should named", "could named", "right weights",
                               "consistent scores"}
         assert all(value in (0.0, 1.0) for values in found.values() for value in values)
     for odd in ODD:
