@@ -363,7 +363,10 @@ def main():
     open_run(out, {name: value for name, value in vars(args).items() if name != "resume"} | {"crc": zlib.crc32(repr(items).encode())}, args.resume)
     for name in () if args.resume else ("rewards.jsonl", "held_out.jsonl"):
         (out / name).unlink(missing_ok=True)
-    voting.mkdir(parents=True, exist_ok=True)
+    try:
+        voting.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"--voting {voting}: {error.strerror}") from None
     load, measured = functools.cache(lambda: load_model(args.model, args.quantize)), {str(item.query) for item in others}
     try:
         if args.trajectories or earlier.exists():
