@@ -23,7 +23,11 @@ preferences as JSON Lines. Writes runs/03_grpo/: log.jsonl (one line a step), tr
 after.jsonl (the judgements that are measured), results.json. A run prints strict accuracy (Eq. 10) and accuracy before and after: greedy, one
 sample at temperature 0.5, 8 samples summed.
 
-What does RL learn? Look: `python tests/tiny/read_judgements.py runs/03_grpo/before.jsonl runs/03_grpo/after.jsonl`.
+What does RL learn? Read judgements, not only rewards: `python tests/tiny/read_judgements.py runs/03_grpo/before.jsonl runs/03_grpo/after.jsonl`.
+Eq. 11 pays for the order of the scores alone, and a tie earns nothing. So the embedded judge learns to name more of what is asked for, which is
+what we want, and to tell ties apart by scores that do not follow from its own verdicts, which is what we pay for. The KL term holds the second
+back: scores follow from their verdicts in 91% of the judgements before, in 87% after this run. With --beta 0.02 (on held-out items of train.jsonl)
+it was 39%, and although one sample gained 9 points, the sum of four gained none. Conclude: a rising reward says that what is paid for grows.
 
 Exercises
 1. Predict the curves of --beta 0, --beta 1 and --flip-reward before you run them. Which figure in log.jsonl tells first that something is wrong?
@@ -290,7 +294,7 @@ def main():
     option("--prompts", type=int, default=16, help="prompts a step")
     option("--group-size", type=int, default=8, help="G, judgements of each prompt (the paper's: 4)")
     option("--epochs-per-rollout", type=int, default=1, help="updates on the same rollouts")
-    option("--beta", type=float, default=0.02, help="weight of the KL term (the paper's: 0.08 for 27B, 0.002 for 16B)")
+    option("--beta", type=float, default=0.08, help="weight of the KL term (the paper's for 27B; for 16B: 0.002)")
     option("--clip-eps", type=float, default=0.2, help="the ratio is clipped to 1 - eps .. 1 + eps")
     option("--flip-reward", action="store_true", help="reward what is wrong, to see what theory says then happens")
     option("--lr", type=float, default=4e-3, help="peak learning rate (the paper's: 4e-7 for all weights of a large model)")
