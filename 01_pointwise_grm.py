@@ -19,10 +19,14 @@ judgements.jsonl (every judgement with its scores) and results.json (figures wit
 judgement in full, then accuracy (ties are coin tosses), strict accuracy (Eq. 10: the best response scores above all others), ties, unreadable
 outputs, ROC-AUC for single responses; by subset, by number of responses, and by position of the best response.
 
-Exercises
-1. Run with --temperature 0, 0.5 and 1. Which of accuracy, ties and unreadable outputs moves, and why?
-2. Run with --no-principles on the embedded judge, which never saw that prompt: what does it do, and what would Table 4's ablation need?
-3. Judge one query with --query and swap the responses. Do the scores swap with them? The table's "best response at" rows say how often not.
+Exercises (what is asked for goes into this file, above main(); the check says what was expected, and shows what comes of it)
+1. A judge gives all responses the same score. Foretell what `measure` says of it on 6 pairs, 3 items of three and 1 of four, as shares:
+   LAZY = (accuracy, strict, ties). Check: pytest tests/exercises.py -k 01_1
+2. Write judge_alone(model, tokenizer, items): every response judged greedily in a prompt of its own, scores 1 to 10; returns a list of scores
+   an item, or None if one cannot be read. What can swapping responses change now? Check: pytest tests/exercises.py -k 01_2
+3. Write judge_by(model, tokenizer, items, principles): greedy Judgements by a given text an item, as if the judge itself had begun with the lines
+   "Specific Criteria: <text>." and "Analysis:". How much do the true principles help? Check: pytest tests/exercises.py -k 01_3
+Then look: run with --temperature 0, 0.5 and 1. Which of accuracy, ties and unreadable outputs moves, and why?
 """
 from __future__ import annotations
 

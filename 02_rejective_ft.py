@@ -20,10 +20,14 @@ and why not, the loss as it falls, and strict accuracy (Eq. 10) and accuracy bef
 summed. Departures from the paper: the teacher is the model itself unless --teacher names another; general instruction data is mixed in only on
 demand (--instruct-data); learning rate and batch fit a small model.
 
-Exercises
-1. Ablate as in Table 4: --no-hinted, --no-non-hinted, --keep-all. What does each do to the share of kept trajectories, and to the figures?
-2. Run `python tests/tiny/read_judgements.py runs/02_rejective_ft/before.jsonl runs/02_rejective_ft/after.jsonl`. What has been learnt?
-3. A second round: --model runs/02_rejective_ft/model --out runs/round2. What do the rejections look like now, and what is gained?
+Exercises (what is asked for goes into this file, above main(); the check says what was expected)
+1. A judge is right in 50%, tied in 30% and wrong in 20% of its samples, independently. Which share of its samples without a hint is kept
+   (N_RFT = 3) by Eq. 10, and which if a tie passed as correct? KEPT = (Eq. 10, ties pass). Check: pytest tests/exercises.py -k 02_1
+2. Add --needed-only: a correct hinted trajectory is rejected, with the reason "not needed", if a sample without a hint of the same item is
+   correct (STaR, Zelikman et al. 2022, hints only where the model failed). Check: pytest tests/exercises.py -k 02_2
+3. Does the judge believe the hint? Write hint_effect(model, tokenizer, items, args) for pairs: the shares that it judges right (Eq. 10) with the true
+   hint, with none, and with one that names the other response, at args.temperature. Check: pytest tests/exercises.py -k 02_3
+Then look: a second round, --model runs/02_rejective_ft/model --out runs/round2. What do the rejections look like, and what is gained?
 """
 from __future__ import annotations
 

@@ -29,10 +29,14 @@ what we want, and to tell ties apart by scores that do not follow from its own v
 back: scores follow from their verdicts in 91% of the judgements before, in 87% after this run. With --beta 0.02 (on held-out items of train.jsonl)
 it was 39%, and although one sample gained 9 points, the sum of four gained none. Conclude: a rising reward says that what is paid for grows.
 
-Exercises
-1. Predict the curves of --beta 0, --beta 1 and --flip-reward before you run them. Which figure in log.jsonl tells first that something is wrong?
-2. Set --group-size 2 and 16 with --prompts 64 and 8: the same number of judgements. Which share of the groups has a signal, and why?
-3. Add a penalty of 0.005 a token to `reward_of`'s result, in `roll_out`. What do the judgements leave out first, and what does it cost?
+Exercises (what is asked for goes into this file, above main(); the check says what was expected, and shows what comes of it)
+1. Dr. GRPO (Liu et al. 2025) does not divide by std(r): add group_advantages(rewards, divide=True). FAVOUR = (divided, not divided): the sum of
+   |A_i| of a group with 1 right of 8, over that of a group with 4 right of 8. Check: pytest tests/exercises.py -k 03_1
+2. Write kl_k1 (logp - ref) and kl_k2 (half of its square) beside kl_k3. With one of the three in the loss of `learn`, the KL term would on average
+   pull the policy nowhere. Which? NO_PULL = "k1", "k2" or "k3". Check: pytest tests/exercises.py -k 03_2
+3. Add --length-penalty and reward_of(scores, rewards, tokens=0, penalty=0.0). A careful judgement (60 tokens) is right in 90%, a guess (10) in 50%:
+   BREAKS = the penalty a token above which guessing pays. The check trains on both sides of it: pytest tests/exercises.py -k 03_3
+Then look: foretell the curves of --beta 0, --beta 1 and --flip-reward before you run them. Which figure in log.jsonl is the first to warn?
 """
 from __future__ import annotations
 

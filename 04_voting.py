@@ -19,10 +19,14 @@ judgement; a run with the same settings takes them over, and step 5 reads them),
 accuracy by k with 95% intervals: the sum, its gain over one sample, majority and mean beside it, ties, the size of the reward space. The figure
 for k is the mean over many random subsets of k of the samples. Unreadable samples add nothing; if none can be read, all responses tie.
 
-Exercises
-1. --temperature 0 leaves only the shuffling to tell samples apart. How much of the gain is left? Which temperature gives the most?
-2. Is the majority behind the sum, or level with it? Find an item on the page of --html where the two differ: what did the majority forget?
-3. Compare --model tests/tiny/judge with a trained judge at equal accuracy: how many samples is the training worth? And at equal compute?
+Exercises (what is asked for goes into this file, above main(); the check says what was expected, and shows what comes of it)
+1. SPACE = how many values a response's vote can take over 8 samples of a pair, as (sum, mean, majority). DIFFER = [[a, b], [c, d], [e, f]]: scores
+   of three samples of a pair where sum and majority choose differently. Check: pytest tests/exercises.py -k 04_1
+2. Write show_balanced(item, number, seed, i), sample i's Trajectory: in samples 0 to n - 1, n to 2n - 1, ... of an item with n responses each stands
+   once at every place, in an order that is random for every item and block. Check: pytest tests/exercises.py -k 04_2
+3. Write vote_early(scores (k, responses)), which returns (sums, samples used): it takes the samples in turn and stops as soon as those that are
+   left can no longer change the choice, nor lead to a tie. Check: pytest tests/exercises.py -k 04_3
+Then look: --temperature 0 leaves only the shuffling to tell samples apart. How much of the gain is left? Which temperature gives the most?
 """
 from __future__ import annotations
 
