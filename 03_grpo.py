@@ -247,7 +247,7 @@ def train(model, tokenizer, items: list[Preference], hard: list[int], others: li
             line |= learn(model, reference, parameters, optimizer, groups, lr, step, args)
             line["seconds_training"] = time.time() - start
             if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
-                shown = [show(item, number, "evaluation") for number, item in enumerate(others[:args.monitor])]
+                shown = [show(item, number, "evaluation") for number, item in enumerate(others[:args.watch])]
                 judge(model, tokenizer, shown, 0.0, args, 0)
                 line["eval_strict"] = mean_of(t.correct for t in shown)
             append(out / "log.jsonl", json.dumps(line) + "\n")
@@ -308,15 +308,15 @@ def main():
     option("--max-new-tokens", type=int, default=320, help="longest judgement, in tokens")
     option("--batch-size", type=int, help="rows sampled together; by default what memory holds")
     option("--k", type=int, default=8, help="samples that are summed, before and after")
-    option("--eval-every", type=int, default=20, help="steps between looks at the first --monitor held-out items")
-    option("--monitor", type=int, default=150, help="items of such a look")
+    option("--eval-every", type=int, default=20, help="steps between looks at the first --watch held-out items")
+    option("--watch", type=int, default=150, help="items of such a look")
     option("--save-every", type=int, default=10, help="steps between checkpoints")
     option("--resume", action="store_true", help="go on with the run in --out, which must have had the same settings")
     option("--seed", type=int, default=0, help="of everything")
     option("--out", default="runs/03_grpo", help="folder for everything that is written")
     args = parser.parse_args()
     for wrong, message in ((min(args.limit, args.eval_limit, args.k, args.steps, args.prompts, args.epochs_per_rollout, args.eval_every,
-                                args.monitor, args.save_every, args.max_new_tokens) < 1, "counts must be at least 1"),
+                                args.watch, args.save_every, args.max_new_tokens) < 1, "counts must be at least 1"),
                            (args.group_size < 2, "--group-size must be at least 2: one judgement alone has nothing to be compared with"),
                            (args.quantize != "none" and args.lora_r == 0, "quantized weights cannot be trained: leave --lora-r 0 out"),
                            (min(args.beta, args.easy) < 0, "--beta and --easy must not be negative"),

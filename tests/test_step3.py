@@ -20,7 +20,7 @@ TRAIN = JUDGE.parent / "train.jsonl"
 OPTIONS = SimpleNamespace(max_new_tokens=160, batch_size=64, seed=0, model=str(JUDGE), quantize="none", lora_r=None, lr=1e-3, micro_tokens=4096,
                           group_size=4, flip_reward=False, beta=0.1, clip_eps=0.2, epochs_per_rollout=1, easy=3, data="data.jsonl")
 TINY = ("--limit", 8, "--eval-limit", 5, "--k", 1, "--max-new-tokens", 160, "--prompts", 3, "--group-size", 3, "--steps", 5, "--save-every", 1,
-        "--eval-every", 2, "--monitor", 3, "--easy", 2, "--batch-size", 64, "--model", JUDGE)
+        "--eval-every", 2, "--watch", 3, "--easy", 2, "--batch-size", 64, "--model", JUDGE)
 
 
 def options(**changed):
@@ -235,9 +235,9 @@ def test_two_ranks_run_from_end_to_end(tmp_path):
     assert shown.count("not hinted") == 1 and (tmp_path / "rft" / "trajectories.jsonl").read_text().count("\n") == 24
 
 
-@pytest.mark.parametrize("extra", [(), ("--lora-r", 4)], ids=["all weights", "LoRA"])
-def test_killed_and_resumed_gives_the_same_weights(tmp_path, extra):
-    weights = "adapter_model.safetensors" if extra else "model.safetensors"
+@pytest.mark.parametrize("lora_r", [0, 4], ids=["all weights", "LoRA"])
+def test_killed_and_resumed_gives_the_same_weights(tmp_path, lora_r):
+    extra, weights = ("--lora-r", lora_r), "adapter_model.safetensors" if lora_r else "model.safetensors"
     shown, _ = run(tmp_path, ROOT / "03_grpo.py", *TINY, *extra, "--out", "whole")
     assert "one sample, strict" in shown and "too easy" in shown
     assert (tmp_path / "whole" / "training.png").read_bytes().startswith(b"\x89PNG")
@@ -249,10 +249,10 @@ def test_killed_and_resumed_gives_the_same_weights(tmp_path, extra):
     while not (log.exists() and log.read_text().count("\n") >= stop_after):
         assert time.time() < deadline and process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT if extra else signal.SIGKILL)
+    process.send_signal(signal.SIGINT if lora_r else signal.SIGKILL)
     _, told = process.communicate(timeout=120)
     assert not (tmp_path / "cut" / "model").exists()
-    if extra:
+    if lora_r:
         assert process.returncode == 1 and "go on with: python" in told and "--resume" in told and "Traceback" not in told
     run(tmp_path, ROOT / "03_grpo.py", *TINY, *extra, "--out", "cut", "--resume")
     for name in (f"model/{weights}", "before.jsonl", "after.jsonl"):
