@@ -20,10 +20,14 @@ log.jsonl (one line a step), checkpoint.pt (for --resume), fresh-*.jsonl, reward
 guided.png. A run prints how many judgements are right and wrong, how well the meta reward tells them apart (ROC-AUC) on items it never saw,
 accuracy by k and by k_meta with 95% intervals and paired differences, and the most and the least trusted judgements of a few items.
 
-Exercises
-1. Most of the AUC is spotting ties, which a table of scores shows as well. Which row of the printed AUCs does guided voting live on, and why?
-2. --no-fresh learns from step 2's trajectories alone. What do the AUCs lose, and what guided voting? (The judge has changed since.)
-3. --k-meta 0.25 trusts the meta reward more, --k-meta 0.75 less. Where is the best share, and where would it be for a perfect meta RM?
+Exercises (what is asked for goes into this file, above main(); the check says what was expected, and shows what comes of it)
+1. Four samples of a pair, each right ([9, 1]) or wrong ([1, 9]) with chance 1/2. Foretell the accuracy of voting that a perfect meta RM guides:
+   PERFECT = (k_meta = 1, k_meta = 2, k_meta = 4). Check: pytest tests/exercises.py -k 05_1
+2. Write vote_weighted(scores, rewards, index), like vote_guided without k_meta: all samples count, each times the sigmoid of its meta reward.
+   What cannot be read weighs nothing. Check: pytest tests/exercises.py -k 05_2
+3. Guided voting compares judgements of one item alone. Write ranking_loss(rewards, labels, items): the mean of -log sigmoid(right - wrong) over all
+   pairs of a right and a wrong judgement of the same item, 0 without any. Check: pytest tests/exercises.py -k 05_3
+Then look: --k-meta 0.25 trusts the meta reward more, --k-meta 0.75 less. Where is the best share, and how far is it from the perfect one's?
 """
 from __future__ import annotations
 
