@@ -134,7 +134,7 @@ def test_equal_prompts_are_prefilled_once(monkeypatch):
     forward = grm.Decoder.forward
     monkeypatch.setattr(grm.Decoder, "forward", lambda self, ids, *rest: rows.append(tuple(ids.shape)) or forward(self, ids, *rest))
     drawn = grm.sample(model, Letters(), [prompts[0], prompts[1], prompts[0]], n=4, max_new_tokens=3, progress=False)
-    assert rows[0] == (2, 9) and rows[1:] == [(12, 1)] * 3
+    assert rows[0] == (2, 9) and rows[1:] == [(12, 1)] * 2  # the first token comes from the prefill
     assert [len(samples) for samples in drawn] == [4, 4, 4]
 
 
@@ -146,7 +146,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(monkeypatch, capsys):
 
     def step_in_little_memory(self):
         sizes.append(len(self.output))
-        if len(self.output) > 3 and self.column.item() > self.width + 4:  # fails in the middle of a batch
+        if len(self.output) > 3 and self.column.item() > 4:  # fails in the middle of a batch
             raise torch.OutOfMemoryError("CUDA out of memory.")
         step(self)
 
