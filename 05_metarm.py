@@ -617,13 +617,29 @@ def attend(module, query, decoder, layer, mask, scaling, softcap=None, s_aux=Non
     return (ungrouped(grouped(seen) @ prompt_values) + own @ values).flatten(1, 2)[:, None], None
 
 
+def capture(step, pool):
+    """Record what `step` does to the GPU as a CUDA graph, without doing it; returns a function that does it.
+
+    A step is hundreds of small kernels, and Python takes longer to launch them than the GPU to run them; a graph is launched at once. It works
+    on the same addresses each time and takes nothing from the CPU. Raises RuntimeError if `step` waits for the device, as layers in int8 do.
+    """
+    graph, usual = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # whatever other threads, such as NCCL's, do meanwhile
+            step()
+    finally:
+        torch.cuda.set_stream(usual)  # a capture that fails leaves its own stream behind
+    return graph.replay
+
+
 class Decoder:
     """A batch in flight: the fixed buffers that a decode step reads and writes in place.
 
     Prompts are padded on the left, so every row writes its next token to the same column. The decoder passes itself to the model as the cache:
     in the prefill, attention layers leave their keys and values here by `update`; in a step, each adds one column, and `attend` looks at the
     prompt's and at the first `visible` ones of the row's own. Sliding-window layers keep all columns too and the mask hides the old ones: more
-    memory than a rolling window, but nothing to move. In a step only the buffers change; `visible` is set from outside.
+    memory than a rolling window, but nothing to move. In a step only the buffers change, so that it can be captured in a CUDA graph, one for each
+    number of rows and `visible` (which is set from outside). What would differ from step to step is in tensors, the random numbers are drawn ahead.
     """
 
     def __init__(self, model, prompts: list[tuple[int, ...]], rows: list[int], temperature: float, max_new_tokens: int, stop_ids: list[int],
@@ -631,6 +647,9 @@ class Decoder:
         """prompts: distinct, each prefilled once. rows: for each sample, the number of its prompt; equal ones are neighbours."""
         device = model.device
         self.model, self.temperature, self.pad_id, self.visible, self.column = model, temperature, pad_id, 0, None
+        # On CUDA: the shapes (rows, visible) for which the kernels are warm and for which `replay` is a graph; a failure is not tried again.
+        self.warm, self.captured, self.graphs = None, None, device.type == "cuda" and not getattr(model, "no_graphs", False)
+        self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
         transformers.AttentionInterface.register("spct_decode", attend)
         # Prefill: each distinct prompt once, a few thousand tokens at a time.
         self.width = max(map(len, prompts))
@@ -711,6 +730,21 @@ class Decoder:
         finally:
             config._attn_implementation = usual
 
+    def advance(self):
+        """Take a step; on CUDA by a graph, but for the first of a shape: it loads kernels and makes workspaces, which a capture may not."""
+        shape = len(self.token), self.visible
+        if self.graphs and shape == self.warm != self.captured:
+            try:  # the last graph stays until there is a new one: it holds the pool
+                self.replay, self.captured = capture(self.step, self.pool), shape
+            except RuntimeError as error:
+                why = error.__context__ or error  # ending a broken capture fails, too
+                if isinstance(why, torch.OutOfMemoryError):
+                    raise why
+                self.graphs, self.model.no_graphs = False, True
+                print(f"sampling goes on without CUDA graphs, more slowly: a step cannot be captured ({str(why).splitlines()[0]})")
+        self.warm = shape
+        self.replay() if self.graphs and shape == self.captured else self.step()
+
     def keep(self, rows: list[int]):
         """Drop all other rows."""
         groups, self.groups = list(dict.fromkeys(self.groups)), [self.groups[row] for row in rows]
@@ -750,6 +784,7 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: 
     samples, tokens, start = [None] * len(queue), 0, time.time()
     dealt = {prompt: number % RANKS for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in queue))}
     queue = [entry for entry in queue if dealt[entry[0]] == RANK]
+    bucket = 64 if model.device.type == "cuda" else 16  # columns by which a row's visible ones grow: a graph lasts longer, or nothing is seen in vain
     with tqdm(total=len(queue), desc="sampling", unit=" samples", disable=not progress or RANK > 0) as bar:
         while queue:
             batch = queue[:batch_size or rows_that_fit(model, -(-len(queue[0][0]) // n) + max_new_tokens)]
@@ -761,9 +796,9 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: 
                 while slots:
                     steps = min(16, max_new_tokens - count)
                     count += steps
-                    decoder.visible = min(max_new_tokens, -(-(count - 1) // 16) * 16)
+                    decoder.visible = min(max_new_tokens, -(-(count - 1) // bucket) * bucket)
                     for _ in range(steps):
-                        decoder.step()
+                        decoder.advance()
                     finished, outputs = decoder.finished[:, 0].tolist(), decoder.output[:, :count].tolist()  # the one look at the device
                     if stop:
                         finished = [over or stop in tokenizer.decode(ids) for over, ids in zip(finished, outputs)]
