@@ -56,7 +56,7 @@ import transformers
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 HERE = Path(__file__).resolve().parent
 
@@ -1000,15 +1000,61 @@ def finish(tokenizer, ids: list[int], stop_ids: list[int], stop: str | None) -> 
     return Sample(ids[:end], text)
 
 
+def bytes_of_token(config, itemsize: int) -> int:
+    """Bytes of a token's keys and values in all layers. Sliding-window layers keep every token, too."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_dim * itemsize
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes of a GPU, with those that torch holds unused, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available
+
+
 def rows_that_fit(model, columns: int) -> int:
     """How many rows of `columns` tokens half of the free memory holds: keys and values, and a few copies of a row's logits."""
     config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    row = 2 * config.num_hidden_layers * heads * head_dim * columns * model.dtype.itemsize + 16 * config.vocab_size
-    if model.device.type == "cuda":
-        return max(1, min(1024, torch.cuda.mem_get_info()[0] // 2 // row))
-    return max(1, min(256, psutil.virtual_memory().available // 2 // row))
+    row = columns * bytes_of_token(config, model.dtype.itemsize) + 16 * config.vocab_size
+    return max(1, min(1024 if model.device.type == "cuda" else 256, free_memory(model.device) // 2 // row))
+
+
+def memory_plan(config, quantize: str = "none", dtype: torch.dtype = torch.bfloat16, rows: int = 1, columns: int = 2048,
+                r: int = 16) -> dict[str, int]:
+    """What a model of this configuration will take, in bytes by name; no weight is loaded or made.
+
+    Args: rows, columns: of the cache, in tokens; r: rank of the adapters that are trained, on all linear layers; 0: all weights are.
+    Returns weights; cache: keys and values; logits: what drawing a token holds; adapters, gradients, optimizer (Adam): of training, in float32.
+    """
+    with torch.device("meta"):  # tensors with a shape and no content
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()]
+    inside, total = sum(layer.weight.numel() for layer in linears), sum(p.numel() for p in model.parameters())
+    # nf4 scales each 64 weights by a byte, and each 256 of those bytes by a float; int8 has a float for each output
+    packed = {"none": inside * dtype.itemsize, "int8": inside + 4 * sum(layer.out_features for layer in linears),
+              "nf4": inside // 2 + inside // 64 + inside // 64 // 256 * 4}[quantize]
+    adapters = r * sum(layer.in_features + layer.out_features for layer in linears)
+    trained, config = 4 * (adapters or total), config.get_text_config()
+    return {"weights": packed + (total - inside) * dtype.itemsize, "cache": rows * columns * bytes_of_token(config, dtype.itemsize),
+            "logits": rows * 16 * config.vocab_size, "adapters": 4 * adapters, "gradients": trained, "optimizer": 2 * trained}
+
+
+def check_memory(name: str, config, quantize: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Print the plan of a model of more than 2 GB. Raises ModelError, with the numbers and what to do, if its weights do not fit."""
+    if getattr(config, "quantization_config", None):  # already packed, in ways that we do not know
+        return
+    (plan, small), free = (memory_plan(config, kind, dtype) for kind in (quantize, "nf4")), free_memory(device)
+    if plan["weights"] > free:
+        advice = (f"--quantize nf4 would take {small['weights'] / 1e9:.3g} GB" if small["weights"] < free and quantize != "nf4" else
+                  f"even --quantize nf4 takes {small['weights'] / 1e9:.3g} GB: choose a smaller model")
+        raise ModelError(f"{name} does not fit: its weights ({quantize}) take {plan['weights'] / 1e9:.3g} GB and {free / 1e9:.3g} GB of memory are "
+                         f"free on {device}; {advice}")
+    if plan["weights"] > 2e9:
+        training = plan["adapters"] + plan["gradients"] + plan["optimizer"]
+        print(f"{name}: the weights ({quantize}) take {plan['weights'] / 1e9:.3g} GB of {free / 1e9:.3g} GB that are free on {device}; "
+              f"2048 tokens of a sample {plan['cache'] / 1e9:.3g} GB, training adapters of rank 16 {training / 1e9:.3g} GB and its activations")
 
 
 class LoRA(torch.nn.Module):
@@ -1039,7 +1085,7 @@ def load_model(name: str | Path, quantize: str = "none"):
     Args:
         name: a folder, a Hub name, a GGUF file (converted once, kept in ~/.cache/spct), or a folder with a LoRA adapter in PEFT's format.
         quantize: "nf4" (4 bits, double quantization: about 0.55 bytes a weight), "int8", or "none". Embeddings stay as they are.
-    Raises ModelError with what to do: log in for a gated model, pick another quantization, install a package.
+    Raises ModelError with what to do: log in for a gated model, pick another quantization, install a package. Says what a large one takes.
     """
     name = str(name)
     adapter = Path(name, "adapter_config.json")
@@ -1063,6 +1109,7 @@ def load_model(name: str | Path, quantize: str = "none"):
     try:
         if name.endswith(".gguf"):
             name = convert_gguf(Path(name))
+        check_memory(name, AutoConfig.from_pretrained(name, trust_remote_code=False), quantize, dtype, torch.device(device))
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, quantization_config=config[quantize], use_safetensors=True,
                                                      trust_remote_code=False, device_map={"": device} if quantize != "none" else None)
@@ -1073,7 +1120,7 @@ def load_model(name: str | Path, quantize: str = "none"):
             raise ModelError(f"{name} is gated: accept its terms on its page of the Hub, then run `hf auth login`") from None
         raise ModelError(f"cannot load the model {name}: {first}") from None
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-        if "memory" not in str(error):
+        if "memory" not in str(error) or isinstance(error, ModelError):
             raise
         raise ModelError(f"not enough memory on {device} for {name}: try --quantize nf4 (a quarter of bfloat16) or a smaller model") from None
     for module in model.modules():  # on some CPUs, sampling would repack 4-bit weights into a form that has no gradient
