@@ -54,7 +54,7 @@ import torch
 import transformers
 from matplotlib.figure import Figure
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 HERE = Path(__file__).resolve().parent
 
@@ -619,84 +619,173 @@ def attention_masks(model, seen: torch.Tensor, distance: torch.Tensor):
     return {"full_attention": mask[:, None], "sliding_attention": sliding[:, None]}
 
 
+def attend(module, query, decoder, layer, mask, scaling, softcap=None, s_aux=None, **_):
+    """Attention of a decode step, where memory is what takes the time: the samples of a prompt look at one copy of its keys and values together,
+    and what several heads share is not repeated for each.
+
+    Args: query: (rows, heads, 1, head_dim). decoder, layer: what Decoder.update gave in the place of keys and values. mask: (rows, 1, 1, columns),
+    the prompt's before the row's own. Returns (rows, 1, heads, head_dim), as transformers wants it. Raises ModelError for an unknown kind.
+    """
+    if s_aux is not None:
+        raise ModelError("this model's attention has sinks, which the sampler does not know")
+    (prompt_keys, prompt_values), size = decoder.prompt_cache[layer], decoder.table.shape[1]
+    keys, values = (cache[:, :, :decoder.visible] for cache in decoder.cache[layer])
+
+    def grouped(x):  # (rows, key heads, heads of each, ...) to (groups, key heads, size x heads of each, ...)
+        return x[decoder.table].transpose(1, 2).flatten(2, 3)
+
+    def ungrouped(x):
+        return x.unflatten(2, (size, -1)).transpose(1, 2).flatten(0, 1)[decoder.slots]
+
+    query = query[:, :, 0].unflatten(1, (keys.shape[1], -1))
+    scores = torch.cat([ungrouped(grouped(query) @ prompt_keys.mT), query @ keys.mT], -1).float() * scaling
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores  # Gemma 2
+    seen, own = torch.softmax(scores + mask, -1).to(query.dtype).split([prompt_keys.shape[2], keys.shape[2]], -1)
+    return (ungrouped(grouped(seen) @ prompt_values) + own @ values).flatten(1, 2)[:, None], None
+
+
+def capture(step, pool):
+    """Record what `step` does to the GPU as a CUDA graph, without doing it; returns a function that does it.
+
+    A step is hundreds of small kernels, and Python takes longer to launch them than the GPU to run them; a graph is launched at once. It works
+    on the same addresses each time and takes nothing from the CPU. Raises RuntimeError if `step` waits for the device, as layers in int8 do.
+    """
+    graph, usual = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # whatever other threads, such as NCCL's, do meanwhile
+            step()
+    finally:
+        torch.cuda.set_stream(usual)  # a capture that fails leaves its own stream behind
+    return graph.replay
+
+
 class Decoder:
     """A batch in flight: the fixed buffers that a decode step reads and writes in place.
 
-    Prompts are padded on the left, so every row writes its next token to the same `column`. The decoder passes itself to the model as the
-    cache: in the prefill, attention layers leave their keys and values here by `update`; in a step, each adds one column and gets back the
-    first `visible` ones to look at. Sliding-window layers keep all columns too and the mask hides the old ones: more memory than a rolling
-    window, but nothing to move. In a step only the buffers change, and `visible` is set from outside, so it could be captured in a CUDA graph.
+    Prompts are padded on the left, so every row writes its next token to the same column. The decoder passes itself to the model as the cache:
+    in the prefill, attention layers leave their keys and values here by `update`; in a step, each adds one column, and `attend` looks at the
+    prompt's and at the first `visible` ones of the row's own. Sliding-window layers keep all columns too and the mask hides the old ones: more
+    memory than a rolling window, but nothing to move. In a step only the buffers change, so that it can be captured in a CUDA graph, one for each
+    number of rows and `visible` (which is set from outside). What would differ from step to step is in tensors, the random numbers are drawn ahead.
     """
 
     def __init__(self, model, prompts: list[tuple[int, ...]], rows: list[int], temperature: float, max_new_tokens: int, stop_ids: list[int],
                  pad_id: int, generator: torch.Generator):
-        """prompts: distinct, each prefilled once. rows: for each sample, the number of its prompt."""
+        """prompts: distinct, each prefilled once. rows: for each sample, the number of its prompt; equal ones are neighbours."""
         device = model.device
-        self.model, self.temperature, self.generator, self.pad_id = model, temperature, generator, pad_id
+        self.model, self.temperature, self.pad_id, self.visible, self.column = model, temperature, pad_id, 0, None
+        # On CUDA: the shapes (rows, visible) for which the kernels are warm and for which `replay` is a graph; a failure is not tried again.
+        self.warm, self.captured, self.graphs = None, None, device.type == "cuda" and not getattr(model, "no_graphs", False)
+        self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
+        transformers.AttentionInterface.register("spct_decode", attend)
         # Prefill: each distinct prompt once, a few thousand tokens at a time.
-        self.width = self.visible = max(map(len, prompts))
+        self.width = max(map(len, prompts))
         ids = torch.tensor([[pad_id] * (self.width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
         padding = torch.tensor([[self.width - len(prompt)] for prompt in prompts], device=device)
         self.columns = torch.arange(self.width + max_new_tokens, device=device)
-        self.column, logits, keys, values = None, [], {}, {}
+        logits, parts, columns = [], {}, self.columns[:self.width]
         for part in torch.arange(len(prompts), device=device).split(max(1, 8192 // self.width)):
-            self.real, self.keys, self.values, columns = self.columns >= padding[part], {}, {}, self.columns[:self.width]
+            self.real, self.cache = self.columns >= padding[part], {}
             logits.append(self.forward(ids[part], (columns - padding[part]).clamp(min=0), columns))
-            for layer in self.keys:
-                keys.setdefault(layer, []).append(self.keys[layer])
-                values.setdefault(layer, []).append(self.values[layer])
-        # Expand: a row for each sample, with its own copy of the prompt's keys and values and room for what it will write.
-        rows = torch.tensor(rows, device=device)
-        for prefixes, cache in ((keys, self.keys), (values, self.values)):
-            for layer in cache:
-                prefix = torch.cat(prefixes.pop(layer))
-                cache[layer] = prefix.new_zeros(len(rows), prefix.shape[1], len(self.columns), prefix.shape[3])
-                cache[layer][:, :, :self.width] = prefix[rows]
-        self.real, self.logits, self.position = self.columns >= padding[rows], torch.cat(logits)[rows], self.width - 1 - padding[rows]
-        self.column = torch.tensor([self.width], device=device)
+            for layer in self.cache:
+                parts.setdefault(layer, []).append(self.cache[layer])
+        # A group is the rows of a prompt. If it has far more of them than others do, it makes several groups: their table has room for `size` each.
+        size = -(-len(rows) // len(prompts))
+        self.groups = [(prompt, (row - rows.index(prompt)) // size) for row, prompt in enumerate(rows)]
+        prompt_of_group, rows = torch.tensor([prompt for prompt, _ in dict.fromkeys(self.groups)], device=device), torch.tensor(rows, device=device)
+        self.prompt_cache = {}
+        for layer in self.cache:
+            self.prompt_cache[layer] = [torch.cat(part)[prompt_of_group] for part in zip(*parts.pop(layer))]
+            self.cache[layer] = [prompt.new_zeros(len(rows), prompt.shape[1], max_new_tokens, prompt.shape[3]) for prompt in self.prompt_cache[layer]]
+        self.seat()
+        self.real, self.position = self.columns >= padding[rows], self.width - 1 - padding[rows]
+        self.token = torch.zeros(len(rows), 1, dtype=torch.long, device=device)
         self.output = torch.full((len(rows), max_new_tokens), pad_id, device=device)
         self.finished = torch.zeros(len(rows), 1, dtype=torch.bool, device=device)
-        self.stop_ids = torch.tensor(stop_ids, device=device)
+        self.random = torch.rand(len(rows), max_new_tokens, device=device, generator=generator)
+        self.stop_ids, self.column = torch.tensor(stop_ids, device=device), torch.tensor([-1], device=device)
+        self.draw(torch.cat(logits)[rows])
+
+    def seat(self):
+        """Write down who sits where: table (groups, size), the rows of a group and its first one again; slots (rows,), a row's place in it."""
+        members = {}
+        for row, group in enumerate(self.groups):
+            members.setdefault(group, []).append(row)
+        size = max(map(len, members.values()))
+        self.table = torch.tensor([rows + rows[:1] * (size - len(rows)) for rows in members.values()], device=self.columns.device)
+        self.slots = torch.tensor([number * size + i for number, rows in enumerate(members.values()) for i in range(len(rows))],
+                                  device=self.columns.device)
 
     def update(self, key, value, layer, *_, **__):
-        """Store a layer's new keys and values (rows, kv_heads, columns, head_dim); returns all that attention may look at."""
+        """Store a layer's new keys and values (rows, kv_heads, columns, head_dim); returns what its attention is called with."""
         if self.column is None:  # prefill
-            self.keys[layer], self.values[layer] = key, value
+            self.cache[layer] = key, value
             return key, value
-        self.keys[layer].index_copy_(2, self.column, key)
-        self.values[layer].index_copy_(2, self.column, value)
-        return self.keys[layer][:, :, :self.visible], self.values[layer][:, :, :self.visible]
+        for cache, new in zip(self.cache[layer], (key, value)):
+            cache.index_copy_(2, self.column, new)
+        return self, layer
 
     def get_seq_length(self, *_):
         return 0  # transformers asks in order to make masks and positions, which we pass
 
     def forward(self, ids, position, columns):
         """Logits (rows, vocabulary) after the last of the tokens `ids` (rows, new), which stand at `columns` (new,)."""
-        distance = columns[:, None] - self.columns[:self.visible]
-        mask = attention_masks(self.model, self.real[:, None, :self.visible] & (distance >= 0), distance)
+        distance = columns[:, None] - self.columns[:self.width + self.visible]
+        mask = attention_masks(self.model, self.real[:, None, :self.width + self.visible] & (distance >= 0), distance)
         return self.model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=self, use_cache=True,
                           logits_to_keep=1).logits[:, -1]
 
-    def step(self):
-        """Draw a token for every row and run the model on it. Nothing waits for the device."""
-        scores = self.logits.float()
-        if self.temperature > 0:  # Gumbel-max: argmax(logits / T + Gumbel noise) is a draw from softmax(logits / T)
-            scores = scores / self.temperature - torch.empty_like(scores).exponential_(generator=self.generator).log()
-        token = scores.argmax(-1, keepdim=True).masked_fill(self.finished, self.pad_id)
-        self.output.index_copy_(1, self.column - self.width, token)
-        self.finished |= (token == self.stop_ids).any(-1, keepdim=True)
-        self.position += 1
-        self.logits.copy_(self.forward(token, self.position, self.column))
+    def draw(self, logits):
+        """Choose the next token of every row by its logits (rows, vocabulary). Nothing waits for the device."""
         self.column += 1
+        self.position += 1
+        if self.temperature > 0:  # the first token up to which the probabilities add up to more than a random number (drawn ahead, between 0 and 1)
+            sums = torch.softmax(logits.float() / self.temperature, -1).cumsum(-1)
+            token = torch.searchsorted(sums, self.random.index_select(1, self.column) * sums[:, -1:], right=True)
+        else:
+            token = logits.argmax(-1, keepdim=True)
+        self.token.copy_(token.masked_fill(self.finished, self.pad_id))
+        self.output.index_copy_(1, self.column, self.token)
+        self.finished |= (self.token == self.stop_ids).any(-1, keepdim=True)
+
+    def step(self):
+        """Run the model on every row's last token, and draw the next."""
+        config = self.model.config.get_text_config()
+        usual, config._attn_implementation = config._attn_implementation, "spct_decode"
+        try:
+            self.draw(self.forward(self.token, self.position, self.width + self.column))
+        finally:
+            config._attn_implementation = usual
+
+    def advance(self):
+        """Take a step; on CUDA by a graph, but for the first of a shape: it loads kernels and makes workspaces, which a capture may not."""
+        shape = len(self.token), self.visible
+        if self.graphs and shape == self.warm != self.captured:
+            try:  # the last graph stays until there is a new one: it holds the pool
+                self.replay, self.captured = capture(self.step, self.pool), shape
+            except RuntimeError as error:
+                why = error.__context__ or error  # ending a broken capture fails, too
+                if isinstance(why, torch.OutOfMemoryError):
+                    raise why
+                self.graphs, self.model.no_graphs = False, True
+                print(f"sampling goes on without CUDA graphs, more slowly: a step cannot be captured ({str(why).splitlines()[0]})")
+        self.warm = shape
+        self.replay() if self.graphs and shape == self.captured else self.step()
 
     def keep(self, rows: list[int]):
         """Drop all other rows."""
-        rows = torch.tensor(rows, device=self.real.device)
-        for cache in (self.keys, self.values):
-            for layer in cache:
-                cache[layer] = cache[layer][rows]
-        for name in ("logits", "real", "position", "output", "finished"):
+        groups, self.groups = list(dict.fromkeys(self.groups)), [self.groups[row] for row in rows]
+        left = torch.tensor([groups.index(group) for group in dict.fromkeys(self.groups)], device=self.columns.device)
+        rows = torch.tensor(rows, device=self.columns.device)
+        for layer in self.cache:
+            if len(left) < len(groups):
+                self.prompt_cache[layer] = [cache[left] for cache in self.prompt_cache[layer]]
+            for cache in self.cache[layer]:
+                cache[:len(rows), :, :self.visible] = cache[rows, :, :self.visible]
+            self.cache[layer] = [cache[:len(rows)] for cache in self.cache[layer]]
+        for name in ("real", "position", "token", "output", "finished", "random"):
             setattr(self, name, getattr(self, name)[rows])
+        self.seat()
 
 
 @torch.no_grad()
@@ -722,19 +811,21 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: 
     samples, tokens, start = [None] * len(queue), 0, time.time()
     dealt = {prompt: number % RANKS for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in queue))}
     queue = [entry for entry in queue if dealt[entry[0]] == RANK]
+    bucket = 64 if model.device.type == "cuda" else 16  # columns by which a row's visible ones grow: a graph lasts longer, or nothing is seen in vain
     with tqdm(total=len(queue), desc="sampling", unit=" samples", disable=not progress or RANK > 0) as bar:
         while queue:
-            batch = queue[:batch_size or rows_that_fit(model, len(queue[0][0]) + max_new_tokens)]
+            batch = queue[:batch_size or rows_that_fit(model, -(-len(queue[0][0]) // n) + max_new_tokens)]
             try:
                 distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in batch))}
                 decoder = Decoder(model, list(distinct), [distinct[prompt] for prompt, _ in batch], temperature, max_new_tokens, stop_ids, pad_id,
                                   generator)
-                slots, count = [slot for _, slot in batch], 0
+                slots, count = [slot for _, slot in batch], 1
                 while slots:
-                    for _ in range(min(16, max_new_tokens - count)):
-                        count += 1
-                        decoder.visible = min(len(decoder.columns), -(-(decoder.width + count) // 64) * 64)  # grows by 64
-                        decoder.step()
+                    steps = min(16, max_new_tokens - count)
+                    count += steps
+                    decoder.visible = min(max_new_tokens, -(-(count - 1) // bucket) * bucket)
+                    for _ in range(steps):
+                        decoder.advance()
                     finished, outputs = decoder.finished[:, 0].tolist(), decoder.output[:, :count].tolist()  # the one look at the device
                     if stop:
                         finished = [over or stop in tokenizer.decode(ids) for over, ids in zip(finished, outputs)]
@@ -779,15 +870,61 @@ def finish(tokenizer, ids: list[int], stop_ids: list[int], stop: str | None) -> 
     return Sample(ids[:end], text)
 
 
+def bytes_of_token(config, itemsize: int) -> int:
+    """Bytes of a token's keys and values in all layers. Sliding-window layers keep every token, too."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_dim * itemsize
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes of a GPU, with those that torch holds unused, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available
+
+
 def rows_that_fit(model, columns: int) -> int:
     """How many rows of `columns` tokens half of the free memory holds: keys and values, and a few copies of a row's logits."""
     config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    row = 2 * config.num_hidden_layers * heads * head_dim * columns * model.dtype.itemsize + 16 * config.vocab_size
-    if model.device.type == "cuda":
-        return max(1, min(1024, torch.cuda.mem_get_info()[0] // 2 // row))
-    return max(1, min(256, psutil.virtual_memory().available // 2 // row))
+    row = columns * bytes_of_token(config, model.dtype.itemsize) + 16 * config.vocab_size
+    return max(1, min(1024 if model.device.type == "cuda" else 256, free_memory(model.device) // 2 // row))
+
+
+def memory_plan(config, quantize: str = "none", dtype: torch.dtype = torch.bfloat16, rows: int = 1, columns: int = 2048,
+                r: int = 16) -> dict[str, int]:
+    """What a model of this configuration will take, in bytes by name; no weight is loaded or made.
+
+    Args: rows, columns: of the cache, in tokens; r: rank of the adapters that are trained, on all linear layers; 0: all weights are.
+    Returns weights; cache: keys and values; logits: what drawing a token holds; adapters, gradients, optimizer (Adam): of training, in float32.
+    """
+    with torch.device("meta"):  # tensors with a shape and no content
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()]
+    inside, total = sum(layer.weight.numel() for layer in linears), sum(p.numel() for p in model.parameters())
+    # nf4 scales each 64 weights by a byte, and each 256 of those bytes by a float; int8 has a float for each output
+    packed = {"none": inside * dtype.itemsize, "int8": inside + 4 * sum(layer.out_features for layer in linears),
+              "nf4": inside // 2 + inside // 64 + inside // 64 // 256 * 4}[quantize]
+    adapters = r * sum(layer.in_features + layer.out_features for layer in linears)
+    trained, config = 4 * (adapters or total), config.get_text_config()
+    return {"weights": packed + (total - inside) * dtype.itemsize, "cache": rows * columns * bytes_of_token(config, dtype.itemsize),
+            "logits": rows * 16 * config.vocab_size, "adapters": 4 * adapters, "gradients": trained, "optimizer": 2 * trained}
+
+
+def check_memory(name: str, config, quantize: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Print the plan of a model of more than 2 GB. Raises ModelError, with the numbers and what to do, if its weights do not fit."""
+    if getattr(config, "quantization_config", None):  # already packed, in ways that we do not know
+        return
+    (plan, small), free = (memory_plan(config, kind, dtype) for kind in (quantize, "nf4")), free_memory(device)
+    if plan["weights"] > free:
+        advice = (f"--quantize nf4 would take {small['weights'] / 1e9:.3g} GB" if small["weights"] < free and quantize != "nf4" else
+                  f"even --quantize nf4 takes {small['weights'] / 1e9:.3g} GB: choose a smaller model")
+        raise ModelError(f"{name} does not fit: its weights ({quantize}) take {plan['weights'] / 1e9:.3g} GB and {free / 1e9:.3g} GB of memory are "
+                         f"free on {device}; {advice}")
+    if plan["weights"] > 2e9:
+        training = plan["adapters"] + plan["gradients"] + plan["optimizer"]
+        print(f"{name}: the weights ({quantize}) take {plan['weights'] / 1e9:.3g} GB of {free / 1e9:.3g} GB that are free on {device}; "
+              f"2048 tokens of a sample {plan['cache'] / 1e9:.3g} GB, training adapters of rank 16 {training / 1e9:.3g} GB and its activations")
 
 
 class LoRA(torch.nn.Module):
@@ -818,7 +955,7 @@ def load_model(name: str | Path, quantize: str = "none"):
     Args:
         name: a folder, a Hub name, a GGUF file (converted once, kept in ~/.cache/spct), or a folder with a LoRA adapter in PEFT's format.
         quantize: "nf4" (4 bits, double quantization: about 0.55 bytes a weight), "int8", or "none". Embeddings stay as they are.
-    Raises ModelError with what to do: log in for a gated model, pick another quantization, install a package.
+    Raises ModelError with what to do: log in for a gated model, pick another quantization, install a package. Says what a large one takes.
     """
     name = str(name)
     adapter = Path(name, "adapter_config.json")
@@ -842,6 +979,7 @@ def load_model(name: str | Path, quantize: str = "none"):
     try:
         if name.endswith(".gguf"):
             name = convert_gguf(Path(name))
+        check_memory(name, AutoConfig.from_pretrained(name, trust_remote_code=False), quantize, dtype, torch.device(device))
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, quantization_config=config[quantize], use_safetensors=True,
                                                      trust_remote_code=False, device_map={"": device} if quantize != "none" else None)
@@ -852,7 +990,7 @@ def load_model(name: str | Path, quantize: str = "none"):
             raise ModelError(f"{name} is gated: accept its terms on its page of the Hub, then run `hf auth login`") from None
         raise ModelError(f"cannot load the model {name}: {first}") from None
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-        if "memory" not in str(error):
+        if "memory" not in str(error) or isinstance(error, ModelError):
             raise
         raise ModelError(f"not enough memory on {device} for {name}: try --quantize nf4 (a quarter of bfloat16) or a smaller model") from None
     for module in model.modules():  # on some CPUs, sampling would repack 4-bit weights into a form that has no gradient

@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from conftest import JUDGE, gemma_270m, load_script
 from safetensors.torch import save_file
 
@@ -145,3 +146,61 @@ def test_gemma_3_270m_from_gguf_knows_its_language():
     prompt = grm.encode(tokenizer, "The capital of France is Paris. The capital of Italy is")
     [[drawn]] = grm.sample(model, tokenizer, [prompt], temperature=0, max_new_tokens=4, progress=False)
     assert "Rome" in drawn.text or "capital" in drawn.text
+
+
+def test_memory_plan_of_gemma_2_27b_by_hand():
+    config = transformers.Gemma2Config(vocab_size=256000, hidden_size=4608, intermediate_size=36864, num_hidden_layers=46, num_attention_heads=32,
+                                       num_key_value_heads=16, head_dim=128)
+    embedding, norms = 256000 * 4608, (4 * 46 + 1) * 4608
+    linear = 46 * (2 * 4608 * 4096 + 2 * 4608 * 2048 + 3 * 4608 * 36864)  # q and o, k and v, gate and up and down
+    assert embedding + norms + linear == 27_227_128_320
+    plan = grm.memory_plan(config, rows=64, columns=1024)
+    assert plan["weights"] == 2 * 27_227_128_320
+    assert plan["cache"] == 64 * 1024 * 368 * 1024  # 2 x 46 layers x 16 heads x 128 x 2 bytes = 368 KiB a token
+    assert plan["logits"] == 64 * 16 * 256000
+    a_and_b = 46 * 16 * (2 * (4608 + 4096) + 2 * (4608 + 2048) + 3 * (4608 + 36864))
+    assert [plan[name] for name in ("adapters", "gradients", "optimizer")] == [4 * a_and_b, 4 * a_and_b, 8 * a_and_b]
+    nf4 = grm.memory_plan(config, "nf4")["weights"] - 2 * (embedding + norms)
+    assert nf4 / linear == pytest.approx((4 + 8 / 64 + 32 / 64 / 256) / 8, rel=1e-6)  # 4.127 bits a weight
+    assert grm.memory_plan(config, "nf4")["weights"] / 1e9 == pytest.approx(15.8, abs=0.05)
+    everything = grm.memory_plan(config, r=0)
+    assert everything["adapters"] == 0 and everything["gradients"] == 4 * 27_227_128_320
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8", "nf4"])
+def test_memory_plan_against_the_bytes_of_the_embedded_judge(quantize):
+    model, _ = grm.load_model(JUDGE, quantize)
+    plan = grm.memory_plan(model.config, quantize, model.dtype, rows=3, columns=20)
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    for module in linears(model):
+        if quantize == "int8":
+            held += module.weight.SCB.nbytes
+        elif quantize == "nf4":
+            held += module.weight.quant_state.absmax.nbytes + module.weight.quant_state.state2.absmax.nbytes
+    assert plan["weights"] == pytest.approx(held, rel=0.002)  # small matrices do not fill their last block
+    decoder = grm.Decoder(model.eval(), [(1, 40, 300)], [0] * 3, 0, 20, [], 0, torch.Generator(model.device).manual_seed(0))
+    assert plan["cache"] == sum(tensor.nbytes for pair in decoder.cache.values() for tensor in pair)
+    grm.add_lora(model, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], r=16, alpha=32)
+    assert plan["adapters"] == sum(p.nbytes for p in model.parameters() if p.requires_grad)
+
+
+def test_what_cannot_fit_is_refused_with_the_numbers(monkeypatch, capsys):
+    def free(size):
+        monkeypatch.setattr(grm, "free_memory", lambda device: size)
+
+    free(3e6)  # in float32 the judge takes 4.64 MB; in bfloat16 half of that
+    with pytest.raises(grm.ModelError, match=r"judge does not fit: its weights \(none\) take 0.00\d+ GB and 0.003 GB of memory are free on .*; "
+                                             r"--quantize nf4 would take 0.00\d+ GB$"):
+        monkeypatch.setattr(grm.torch.cuda, "is_available", lambda: False)
+        grm.load_model(JUDGE)
+    free(1e5)
+    with pytest.raises(grm.ModelError, match="even --quantize nf4 takes .* GB: choose a smaller model"):
+        grm.load_model(JUDGE, "nf4")
+    free(1e12)
+    grm.load_model(JUDGE)
+    assert capsys.readouterr().out == ""  # only a large load is worth a line
+    config = transformers.Gemma2Config(hidden_size=4608, intermediate_size=36864, num_hidden_layers=46, num_attention_heads=32,
+                                       num_key_value_heads=16, head_dim=128)
+    grm.check_memory("big", config, "nf4", torch.bfloat16, torch.device("cpu"))
+    assert capsys.readouterr().out == ("big: the weights (nf4) take 15.8 GB of 1e+03 GB that are free on cpu; 2048 tokens of a sample 0.772 GB, "
+                                       "training adapters of rank 16 1.83 GB and its activations\n")
