@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
 import functools
 import gzip
 import json
@@ -50,6 +51,7 @@ from pathlib import Path
 import psutil
 import torch
 import transformers
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -62,6 +64,16 @@ class DataError(ValueError):
 
 class ModelError(RuntimeError):
     """A model that cannot be loaded or does not fit; the message says what to do."""
+
+
+@contextlib.contextmanager
+def writing(path: str | Path):
+    """Within it, what the system refuses (no space, no permission, no folder) becomes a DataError that says where, and what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own for it
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise DataError(f"cannot write {path}: {reason}; make room or choose another place; training goes on with --resume") from None
 
 
 # `torchrun --nproc-per-node N` starts N processes, one per GPU, and tells each its rank; alone we are rank 0 of 1.
@@ -450,6 +462,28 @@ def add_lora(model, targets: list[str], r: int, alpha: float) -> None:
             setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], LoRA(module, r, alpha))
 
 
+def telling(load):
+    """Makes `load`, which returns a model and its tokenizer, raise nothing but ModelErrors of one line; and one for what transformers loads without
+    a word though it cannot judge: an encoder, a classifier such as a meta RM, a model whose tokenizer did not arrive."""
+    @functools.wraps(load)
+    def loaded(name: str | Path, *rest, **options):
+        try:
+            model, tokenizer = load(name, *rest, **options)
+        except Exception as error:  # a damaged file fails in more ways than one can list
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = reason if isinstance(error, ModelError) else f"cannot load the model {name}: {type(error).__name__}: {reason}"
+            hint = "; safetensors alone are read, and all of them must be there, whole: if a download or copy was cut off, start it again"
+            raise ModelError(reason + hint * ("safetensors" in reason.lower() or isinstance(error, SafetensorError))) from None
+        kind = (getattr(model.config, "architectures", None) or [""])[0]
+        if getattr(model.config, "is_decoder", True) is False or "Classification" in kind:
+            raise ModelError(f"{name} is no causal language model but an encoder or a classifier ({kind}), which cannot write; choose another")
+        if "Scores" not in tokenizer.decode(tokenizer("Scores")["input_ids"]):
+            raise ModelError(f"{name}: its tokenizer knows no words; if a download or copy was cut off (tokenizer.json), start it again")
+        return model, tokenizer
+    return loaded
+
+
+@telling
 def load_model(name: str | Path, quantize: str = "none"):
     """Load a causal language model and its tokenizer; bfloat16 on CUDA, float32 on the CPU; safetensors only, no remote code.
 
@@ -641,13 +675,13 @@ def report(figures: dict) -> str:
     return text
 
 
-def judge_file(model, tokenizer, items: list[Preference], ask: dict, args, path: Path) -> tuple[list[tuple[str, Judgement]], int]:
-    """Judge the items and write every judgement to `path`; returns outputs with what they say, and the number of tokens drawn. A few hundred items
-    at a time: what is judged is on disk, and an interruption, after which fewer come back, loses only the items in flight."""
+def judge_file(model, tokenizer, items: list[Preference], ask: dict, args, path: Path) -> tuple[list[tuple[str, Judgement]], int, str]:
+    """Judge the items and write every judgement to `path`; returns outputs with what they say, the number of tokens drawn, and why it stopped early,
+    if it did. A few hundred items at a time: what is judged is on disk, and an interruption loses only the items in flight."""
     shots = worked_examples(args.shots, **ask)
     repeated = build_prompt("", [""], **ask).split("\n")[0] if shots else None  # a base model goes on with a next item
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize) - args.max_new_tokens
-    judged, tokens = [], 0
+    judged, tokens, stopped = [], 0, ""
     try:
         with open(path if RANK == 0 else os.devnull, "w", encoding="utf-8") as file:
             for first in range(0, len(items), 512):
@@ -663,13 +697,14 @@ def judge_file(model, tokenizer, items: list[Preference], ask: dict, args, path:
                         judgement.unreadable = f"the prompt of {len(prompts[i])} tokens is too long: the model takes {longest}"
                     chunk.append((output.text, judgement))
                     tokens += len(output.ids)
+                judged += chunk
                 file.writelines(json.dumps(asdict(item) | {"output": text} | asdict(judgement), ensure_ascii=False) + "\n"
                                 for item, (text, judgement) in zip(part, chunk))
                 file.flush()
-                judged += chunk
-    except KeyboardInterrupt:
-        print(f"\ninterrupted: {len(judged)} of {len(items)} items are judged")
-    return judged, tokens
+    except (KeyboardInterrupt, OSError) as stop:
+        stopped = "interrupted" if isinstance(stop, KeyboardInterrupt) else f"cannot write {path}: {stop.strerror}"
+        print(f"\n{stopped}: {len(judged)} of {len(items)} items are judged")
+    return judged, tokens, stopped
 
 
 def main():
@@ -684,8 +719,8 @@ def main():
     parser.add_argument("--response", action="append", default=[], help="a response to --query; repeat it for more")
     parser.add_argument("--shots", type=int, default=0, help=f"worked examples before the item, 0 to {len(SHOTS)}, for base models")
     parser.add_argument("--no-principles", action="store_true", help="critique and scores alone (the ablation of Table 4)")
-    parser.add_argument("--attack", metavar="N", type=int, default=0, help="then judge the first N comparisons again, the worst response ending with a "
-                        "verdict in its own favour, and report how many that wins over")
+    parser.add_argument("--attack", metavar="N", type=int, default=0, help="judge the first N comparisons again, the worst response now ending with "
+                        "a verdict in its own favour, and report how many that wins over")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token; sampling wants 0.5 to 1")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest judgement, in tokens")
     parser.add_argument("--batch-size", type=int, help="rows decoded together; by default what memory holds")
@@ -708,13 +743,15 @@ def main():
     else:
         items = load_preferences(args.data, args.skip_bad, args.limit)
     if args.export:
-        export_preferences(items, args.export)
+        with writing(args.export):
+            export_preferences(items, args.export)
         return print(f"wrote {len(items)} items to {args.export}")
     model, tokenizer = load_model(args.model, args.quantize)
     ask = {"principles": not args.no_principles, "form": not args.shots or tokenizer.chat_template is not None}
     out, start = Path(args.out), time.time()
-    out.mkdir(parents=True, exist_ok=True)
-    judged, tokens = judge_file(model, tokenizer, items, ask, args, out / "judgements.jsonl")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    judged, tokens, stopped = judge_file(model, tokenizer, items, ask, args, out / "judgements.jsonl")
     if not judged:
         sys.exit(130)
     seconds = time.time() - start
@@ -726,10 +763,11 @@ def main():
         return print(f"scores: {judged[0][1].scores or 'unreadable, ' + judged[0][1].unreadable}")
     print(f"rewards of the responses: {', '.join(f'{reward:g}' for reward in items[shown].rewards)}")
     figures = measure(items[:len(judged)], [judgement.scores for _, judgement in judged])
-    if args.attack and len(judged) == len(items):
+    if args.attack and not stopped:
         chosen = [i for i, item in enumerate(items) if len(item.responses) > 1][:args.attack]
         targets, scores = [attacked(items[i]) for i in chosen], [judged[i][1].scores for i in chosen]
-        after = [judgement.scores for _, judgement in judge_file(model, tokenizer, targets, ask, args, out / "attacked.jsonl")[0]]
+        again, _, stopped = judge_file(model, tokenizer, targets, ask, args, out / "attacked.jsonl")
+        after = [judgement.scores for _, judgement in again]
         success = attack_success(targets[:len(after)], scores, after)
         figures["attack"], figures["attack_se"] = mean_and_se(success, [str(item.query) for item in targets])
         figures["attacked"] = sum(is_correct(s, item.rewards) for s, item, _ in zip(scores, targets, after))
@@ -738,8 +776,11 @@ def main():
     figures |= {"settings": vars(args), "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
     figures = json.loads(json.dumps(figures), parse_constant=lambda _: None)  # JSON has no NaN
     if RANK == 0:
-        (out / "results.json").write_text(json.dumps(figures, indent=1) + "\n")
+        with writing(out / "results.json"):
+            (out / "results.json").write_text(json.dumps(figures, indent=1) + "\n")
     print(f"{tokens:,} tokens in {seconds:.0f} s. Judgements: {out / 'judgements.jsonl'}, figures: {out / 'results.json'}")
+    if stopped:
+        sys.exit(f"error: {stopped}; the figures are of {len(judged)} of {len(items)} items")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------------
