@@ -72,7 +72,7 @@ def writing(path: str | Path):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own for it
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or f"{str(error).splitlines()[0]} (is the disk full?)"
         raise DataError(f"cannot write {path}: {reason}; make room or choose another place; training goes on with --resume") from None
 
 
@@ -681,21 +681,23 @@ def judge_file(model, tokenizer, items: list[Preference], ask: dict, args, path:
     shots = worked_examples(args.shots, **ask)
     repeated = build_prompt("", [""], **ask).split("\n")[0] if shots else None  # a base model goes on with a next item
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize) - args.max_new_tokens
+    opening = "" if ask["principles"] else "Analysis:"  # put into the mouth of a judge that was trained to write principles unasked
     judged, tokens, stopped = [], 0, ""
     try:
         with open(path if RANK == 0 else os.devnull, "w", encoding="utf-8") as file:
             for first in range(0, len(items), 512):
                 part, chunk = items[first:first + 512], []
-                prompts = [encode(tokenizer, build_prompt(p.query, p.responses, p.reference, **ask), shots) for p in part]
+                prompts = [encode(tokenizer, build_prompt(p.query, p.responses, p.reference, **ask), shots)
+                           + tokenizer(opening, add_special_tokens=False)["input_ids"] for p in part]
                 fit = [i for i, prompt in enumerate(prompts) if len(prompt) <= longest]
                 drawn = dict(zip(fit, sample(model, tokenizer, [prompts[i] for i in fit], 1, args.temperature, args.max_new_tokens,
                                              args.batch_size, args.seed + first, stop=repeated)))
                 for i, item in enumerate(part):
                     [output] = drawn.get(i, [Sample([], "")])
-                    judgement = read_judgement(output.text, len(item.responses))
+                    judgement = read_judgement(opening + output.text, len(item.responses))
                     if i not in drawn:
                         judgement.unreadable = f"the prompt of {len(prompts[i])} tokens is too long: the model takes {longest}"
-                    chunk.append((output.text, judgement))
+                    chunk.append((opening + output.text, judgement))
                     tokens += len(output.ids)
                 judged += chunk
                 file.writelines(json.dumps(asdict(item) | {"output": text} | asdict(judgement), ensure_ascii=False) + "\n"
@@ -718,7 +720,7 @@ def main():
     parser.add_argument("--query", help="judge your own text instead of --data")
     parser.add_argument("--response", action="append", default=[], help="a response to --query; repeat it for more")
     parser.add_argument("--shots", type=int, default=0, help=f"worked examples before the item, 0 to {len(SHOTS)}, for base models")
-    parser.add_argument("--no-principles", action="store_true", help="critique and scores alone (the ablation of Table 4)")
+    parser.add_argument("--no-principles", action="store_true", help="critique and scores alone: not asked for, and skipped (the ablation of Table 4)")
     parser.add_argument("--attack", metavar="N", type=int, default=0, help="judge the first N comparisons again, the worst response now ending with "
                         "a verdict in its own favour, and report how many that wins over")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token; sampling wants 0.5 to 1")

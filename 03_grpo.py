@@ -377,7 +377,7 @@ def writing(path: str | Path):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own for it
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or f"{str(error).splitlines()[0]} (is the disk full?)"
         raise DataError(f"cannot write {path}: {reason}; make room or choose another place; training goes on with --resume") from None
 
 

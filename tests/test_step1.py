@@ -76,7 +76,8 @@ def test_export_and_judge_a_public_layout(tmp_path):
 def test_other_forms_of_the_prompt_run(tmp_path):
     for options in (("--no-principles",), ("--shots", 3), ("--no-principles", "--shots", 1), ("--quantize", "nf4")):
         run(tmp_path, "--limit", 3, "--max-new-tokens", 40, *options)
-        assert len(lines(tmp_path / "runs" / "01_pointwise_grm" / "judgements.jsonl")) == 3
+        judged = lines(tmp_path / "runs" / "01_pointwise_grm" / "judgements.jsonl")
+        assert len(judged) == 3 and all(("Specific Criteria" in record["output"]) != ("--no-principles" in options) for record in judged)
 
 
 def test_a_response_that_plays_judge_and_one_that_is_too_long(tmp_path):
