@@ -815,10 +815,10 @@ class LoRA(torch.nn.Module):
 
 
 def add_lora(model, targets: list[str], r: int, alpha: float) -> None:
-    """Wrap every linear layer whose name ends in one of `targets` ("q_proj", ...) and freeze everything but the adapters."""
+    """Wrap every linear layer whose name ends in one of `targets` ("q_proj", ...), but for those that see images, and freeze the rest."""
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
-        if name.split(".")[-1] in targets:
+        if name.split(".")[-1] in targets and "vision" not in name:
             setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], LoRA(module, r, alpha))
 
 
