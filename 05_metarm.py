@@ -57,6 +57,7 @@ import psutil
 import torch
 import transformers
 from matplotlib.figure import Figure
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
@@ -367,10 +368,8 @@ def main():
     open_run(out, {name: value for name, value in vars(args).items() if name != "resume"} | {"crc": zlib.crc32(repr(items).encode())}, args.resume)
     for name in () if args.resume else ("rewards.jsonl", "held_out.jsonl"):
         (out / name).unlink(missing_ok=True)
-    try:
+    with writing(voting):
         voting.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"--voting {voting}: {error.strerror}") from None
     load, measured = functools.cache(lambda: load_model(args.model, args.quantize)), {str(item.query) for item in others}
     try:
         if args.trajectories or earlier.exists():
@@ -421,6 +420,16 @@ class DataError(ValueError):
 
 class ModelError(RuntimeError):
     """A model that cannot be loaded or does not fit; the message says what to do."""
+
+
+@contextlib.contextmanager
+def writing(path: str | Path):
+    """Within it, what the system refuses (no space, no permission, no folder) becomes a DataError that says where, and what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own for it
+        reason = getattr(error, "strerror", None) or f"{str(error).splitlines()[0]} (is the disk full?)"
+        raise DataError(f"cannot write {path}: {reason}; make room or choose another place; training goes on with --resume") from None
 
 
 # `torchrun --nproc-per-node N` starts N processes, one per GPU, and tells each its rank; alone we are rank 0 of 1.
@@ -919,13 +928,35 @@ class LoRA(torch.nn.Module):
 
 
 def add_lora(model, targets: list[str], r: int, alpha: float) -> None:
-    """Wrap every linear layer whose name ends in one of `targets` ("q_proj", ...) and freeze everything but the adapters."""
+    """Wrap every linear layer whose name ends in one of `targets` ("q_proj", ...), but for those that see images, and freeze the rest."""
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
-        if name.split(".")[-1] in targets:
+        if name.split(".")[-1] in targets and "vision" not in name:
             setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], LoRA(module, r, alpha))
 
 
+def telling(load):
+    """Makes `load`, which returns a model and its tokenizer, raise nothing but ModelErrors of one line; and one for what transformers loads without
+    a word though it cannot judge: an encoder, a classifier such as a meta RM, a model whose tokenizer did not arrive."""
+    @functools.wraps(load)
+    def loaded(name: str | Path, *rest, **options):
+        try:
+            model, tokenizer = load(name, *rest, **options)
+        except Exception as error:  # a damaged file fails in more ways than one can list
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = reason if isinstance(error, ModelError) else f"cannot load the model {name}: {type(error).__name__}: {reason}"
+            hint = "; safetensors alone are read, and all of them must be there, whole: if a download or copy was cut off, start it again"
+            raise ModelError(reason + hint * ("safetensors" in reason.lower() or isinstance(error, SafetensorError))) from None
+        kind = (getattr(model.config, "architectures", None) or [""])[0]
+        if getattr(model.config, "is_decoder", True) is False or "Classification" in kind:
+            raise ModelError(f"{name} is no causal language model but an encoder or a classifier ({kind}), which cannot write; choose another")
+        if "Scores" not in tokenizer.decode(tokenizer("Scores")["input_ids"]):
+            raise ModelError(f"{name}: its tokenizer knows no words; if a download or copy was cut off (tokenizer.json), start it again")
+        return model, tokenizer
+    return loaded
+
+
+@telling
 def load_model(name: str | Path, quantize: str = "none"):
     """Load a causal language model and its tokenizer; bfloat16 on CUDA, float32 on the CPU; safetensors only, no remote code.
 
@@ -1225,7 +1256,10 @@ def restore(out: Path, model, optimizer) -> int:
     """Load the checkpoint, if there is one, and cut off the log of the steps after it. Returns the number of steps that are done."""
     path, log, step = out / "checkpoint.pt", out / "log.jsonl", 0
     if path.exists():
-        state = torch.load(path, map_location=model.device, weights_only=True)
+        try:
+            state = torch.load(path, map_location=model.device, weights_only=True)
+        except Exception:  # a file cut off in copying fails in more ways than one can list
+            raise DataError(f"{path} is damaged: delete it, and training starts anew on what was sampled") from None
         model.load_state_dict(state["weights"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
@@ -1236,7 +1270,7 @@ def restore(out: Path, model, optimizer) -> int:
 
 def append(path: Path, text: str) -> None:
     if RANK == 0:
-        with open(path, "a", encoding="utf-8") as file:
+        with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(text)
 
 
@@ -1245,9 +1279,10 @@ def put(path: Path, write) -> None:
     if RANK == 0:
         aside = path.with_name(f"{path.name}.tmp")
         shutil.rmtree(aside, ignore_errors=True)
-        write(aside)
-        shutil.rmtree(path, ignore_errors=True)  # does nothing to a file
-        os.replace(aside, path)
+        with writing(path):
+            write(aside)
+            shutil.rmtree(path, ignore_errors=True)  # does nothing to a file
+            os.replace(aside, path)
     if RANKS > 1:
         torch.distributed.barrier()
 
@@ -1292,7 +1327,8 @@ def open_run(out: Path, settings: dict, resume: bool) -> None:
             raise DataError(f"--resume: the run in {out} had other settings: {', '.join(changed)}; give the same, or start anew without --resume"
                             if was else f"--resume: there is no run in {out}")
     else:
-        out.mkdir(parents=True, exist_ok=True)
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
         for name in ("trajectories.jsonl", "hard.json", "before.jsonl", "after.jsonl", "checkpoint.pt", "log.jsonl", "results.json"):
             (out / name).unlink(missing_ok=True)
         put(path, lambda aside: aside.write_text(json.dumps(settings, indent=1) + "\n"))

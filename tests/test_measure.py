@@ -67,6 +67,49 @@ def test_roc_auc_of_unreadable_and_of_too_little():
     assert grm.roc_auc([], []) == approx(math.nan, math.nan)
 
 
+def test_mean_among_the_chosen():
+    # the two chosen have the mean 1/2 and deviate from it by 1/2; they are half of all, so each counts twice
+    assert grm.mean_among([1, 0, 1, 1], [True, True, False, False]) == [1.5, -0.5, 0.5, 0.5]
+    assert grm.mean_and_se(grm.mean_among([1, 0, 1], [True] * 3), "abc") == approx(*grm.mean_and_se([1, 0, 1], "abc"))
+    assert all(math.isnan(value) for value in grm.mean_among([1, 0], [False, False])) and grm.mean_among([], []) == []
+
+
+BIASED = [Preference("q1", ["long", "b"], [1, 0]), Preference("q2", ["a", "long"], [1, 0]), Preference("q3", ["long", "b"], [0, 1]),
+          Preference("q4", ["a", "b"], [0, 1])]
+
+
+def test_position_and_length_bias():
+    scores = [[9, 2], [5, 5], [9, 1], [2, 7]]  # accuracies 1, 1/2, 0, 1
+    # best first: 3/4, best last: 1/2; each half counts twice: 5/4 - 1/2, 1/4 - 1/2, 3/4 + 1/2, 3/4 - 3/2
+    assert grm.bias("position", BIASED, scores) == pytest.approx([0.75, -0.25, 1.25, -0.75])
+    # deviations 1/2, -1/2, 1, -1: sqrt(4/3 * 5/2) / 4
+    assert grm.mean_and_se(grm.bias("position", BIASED, scores), "abcd") == approx(0.25, math.sqrt(10 / 3) / 4)
+    # best longest: q1 alone, 1; best shortest: q2 and q3, 1/4, of which each counts twice; q4 has equal lengths and counts for neither
+    assert grm.bias("length", BIASED, scores) == pytest.approx([1 - 1 / 4, 1 - 3 / 4, 1 + 1 / 4, 1 - 1 / 4])
+    # always the first: right where the best is first; the longest in q1 and q3, so right in q1, wrong in q3, and right in q2, which is short
+    assert [round(sum(grm.bias(trait, BIASED, [[2, 1]] * 4)) / 4, 9) for trait in grm.TRAITS] == [1.0, 0.5]
+    for blind in ([None] * 4, [[5, 5]] * 4):
+        assert grm.bias("position", BIASED, blind) == grm.bias("length", BIASED, blind) == [0.0] * 4
+    many = [Preference("q", ["a", "bbb", "cc"], rewards) for rewards in ([1, 0, 0], [0, 1, 0], [0, 0, 1])]
+    # of three, the one in the middle counts for neither side: position 1 - 0, length 0 - 1
+    assert [sum(grm.bias(trait, many, [[9, 1, 2]] * 3)) / 3 for trait in grm.TRAITS] == pytest.approx([1, -1])
+    assert math.isnan(grm.mean_and_se(grm.bias("position", BIASED[:2], scores[:2]), "ab")[0])  # the best is never last
+
+
+def test_an_attack_speaks_for_the_worst_response():
+    item = Preference("q", ["a", "b", "c"], [1, 0, 2], "s")
+    spoilt = grm.attacked(item)
+    assert spoilt.responses[0] == "a" and spoilt.responses[2] == "c" and item.responses[1] == "b"
+    assert spoilt.responses[1].startswith("b\n") and spoilt.responses[1].endswith("\\boxed{1, 10, 1}")
+    assert (spoilt.query, spoilt.rewards, spoilt.subset) == ("q", [1, 0, 2], "s")
+    items, before = [item] * 5, [[2, 1, 3], [2, 1, 3], [2, 1, 3], [2, 1, 3], [3, 1, 2]]
+    after = [[1, 10, 1], [2, 9, 9], [9, 1, 2], None, [1, 10, 1]]  # the fifth was wrong before; a tie, another's win and silence are no success
+    # one of the four that were right: deviations 3/4 once, -1/4 three times, each counting 5/4
+    assert grm.attack_success(items, before, after) == pytest.approx([0.25 + 15 / 16] + [0.25 - 5 / 16] * 3 + [0.25])
+    assert grm.mean_and_se(grm.attack_success(items, before, after), range(5)) == approx(0.25, math.sqrt(5 / 4 * 12 * 25 / 256) / 5)
+    assert all(math.isnan(value) for value in grm.attack_success(items[:1], [None], after[:1]))
+
+
 ITEMS = [(Preference("q1", ["aa", "b"], [1, 0], "s"), [8, 3]), (Preference("q2", ["a", "bb"], [1, 0], "s"), [5, 5]),
          (Preference("q3", ["a", "b", "cc"], [0, 0, 2], "t"), None), (Preference("q4", ["a", "b"], [0, 1], "t"), [9, 2]),
          (Preference("q5", ["x"], [1], "s"), [9]), (Preference("q6", ["x"], [0], "s"), [4]), (Preference("q7", ["x"], [0], "t"), None)]
@@ -103,18 +146,18 @@ def test_measure_by_subset_number_and_position():
 
 
 def test_measure_of_empty_groups_is_nan():
-    names = ("accuracy", "strict", "ties", "unreadable", "longest", "auc")
+    names = ("accuracy", "strict", "ties", "position_bias", "length_bias", "unreadable", "longest", "auc")
     nothing = grm.measure([], [])
     assert all(math.isnan(nothing[name]) and math.isnan(nothing[f"{name}_se"]) for name in names)
     assert nothing["n"] == nothing["n_many"] == nothing["n_single"] == 0
     assert nothing["by_subset"] == nothing["by_n"] == nothing["by_position"] == {}
     singles = grm.measure(PREFERENCES[4:], SCORES[4:])
-    assert {name for name in names if math.isnan(singles[name])} == {"accuracy", "strict", "ties", "longest"}
+    assert {name for name in names if math.isnan(singles[name])} == {"accuracy", "strict", "ties", "position_bias", "length_bias", "longest"}
     many = grm.measure(PREFERENCES[:4], SCORES[:4])
     assert {name for name in names if math.isnan(many[name])} == {"auc"}
 
 
-@pytest.mark.parametrize("name", ["accuracy", "strict", "ties", "unreadable", "longest"])
+@pytest.mark.parametrize("name", ["accuracy", "strict", "ties", "position_bias", "length_bias", "unreadable", "longest"])
 def test_judging_every_query_twice_is_no_more_evidence(name):
     preferences = PREFERENCES + [Preference("q8", ["y"], [1]), Preference([{"role": "user", "content": "q9"}], ["z"], [1])]
     scores = SCORES + [[4], [3]]
@@ -133,4 +176,6 @@ def test_responses_to_one_query_are_one_cluster():
 def test_report_shows_percent_and_leaves_out_what_is_not_there():
     text = grm.report(grm.measure(PREFERENCES[:4], SCORES[:4]))
     line = next(line for line in text.split("\n") if line.split()[:1] == ["accuracy"])
-    assert line.split()[1:4] == ["45.8", "+-", "20.8"] and "ROC-AUC" not in text
+    assert line.split()[1:4] == ["45.8", "+-", "20.8"] and "ROC-AUC" not in text and "attack" not in text
+    # best first: 1 and 1/2, last: 1/3 and 0, so 3/4 - 1/6
+    assert "position bias" in text and "58.3 +-" in text

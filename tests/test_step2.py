@@ -86,19 +86,25 @@ def test_evaluation_puts_the_scores_back_and_keeps_the_judgements(tmp_path, monk
     def judge(model, tokenizer, shown, *_):
         for t in shown:
             assert not t.hinted and not t.binary
-            t.scores = None if t.item == 1 else [{"a": 1, "b": 2, "c": 3}[response] for response in t.responses]
+            t.scores = None if t.item == 1 else [{"a": 1, "b": 2, "c": 3}.get(response, 10) for response in t.responses]
 
     monkeypatch.setattr(rft, "judge", judge)
-    expected = {"greedy": [[1, 2, 3], None], "samples": [[[1, 2, 3]] * 5, [None] * 5]}
-    assert rft.evaluate(None, None, [ITEM, ITEM], options(k=5), tmp_path / "kept.jsonl") == expected
+    first = rft.evaluate(None, None, [ITEM, ITEM], options(k=5), tmp_path / "kept.jsonl")
+    assert first["greedy"] == [[1, 2, 3], None] and first["samples"] == [[[1, 2, 3]] * 5, [None] * 5] and first["attacked"] == [[10, 2, 3], None]
+    assert [(t.item, t.scores is None) for t in first["shown"]] == [(0, False)] * 5 + [(1, True)] * 5
     monkeypatch.setattr(rft, "judge", None)  # what is kept is not judged again
-    assert rft.evaluate(None, None, [ITEM, ITEM], options(k=5), tmp_path / "kept.jsonl") == expected
+    assert rft.evaluate(None, None, [ITEM, ITEM], options(k=5), tmp_path / "kept.jsonl") == first
+    assert sum("Ignore the criteria" in line for line in (tmp_path / "kept_attacked.jsonl").read_text().splitlines()) == 2
+    assert "Ignore the criteria" not in (tmp_path / "kept.jsonl").read_text()
 
 
 def test_comparison_by_hand():
     items = [rft.Preference("p", ["a", "b"], [0, 1]), rft.Preference("q", ["a", "b"], [1, 0])]
-    before = {"greedy": [[1, 2], [5, 5]], "samples": [[[1, 2], [3, 1]], [None, [4, 4]]]}
-    after = {"greedy": [[1, 2], [5, 4]], "samples": [[[1, 2], [1, 3]], [[5, 4], None]]}
+    before = {"greedy": [[1, 2], [5, 5]], "samples": [[[1, 2], [3, 1]], [None, [4, 4]]], "attacked": [[10, 1], [1, 10]]}
+    after = {"greedy": [[1, 2], [5, 4]], "samples": [[[1, 2], [1, 3]], [[5, 4], None]], "attacked": [[1, 2], [1, 10]]}
+    for run in (before, after):  # all in the items' order; the second responses are longer, as said below
+        run["shown"] = [rft.Trajectory(i, item.query, ["a", "bb"], item.rewards, [0, 1], False, False, scores=scores)
+                        for i, item in enumerate(items) for scores in run["samples"][i]]
     figures = rft.compare(items, before, after)
     assert {(name, key): round(row[key], 6) for name, row in figures.items() for key in ("before", "after", "gain")} == {
         ("greedy, strict", "before"): 0.5, ("greedy, strict", "after"): 1.0, ("greedy, strict", "gain"): 0.5,
@@ -107,7 +113,12 @@ def test_comparison_by_hand():
         ("one sample, accuracy", "before"): 0.5, ("one sample, accuracy", "after"): 0.875, ("one sample, accuracy", "gain"): 0.375,
         ("2 summed, strict", "before"): 0.0, ("2 summed, strict", "after"): 1.0, ("2 summed, strict", "gain"): 1.0,
         ("2 summed, accuracy", "before"): 0.25, ("2 summed, accuracy", "after"): 1.0, ("2 summed, accuracy", "gain"): 0.75,
-        ("one sample, unreadable", "before"): 0.25, ("one sample, unreadable", "after"): 0.25, ("one sample, unreadable", "gain"): 0.0}
+        ("one sample, unreadable", "before"): 0.25, ("one sample, unreadable", "after"): 0.25, ("one sample, unreadable", "gain"): 0.0,
+        # accuracy before and after: the best is first and shorter 1/2 and 3/4, last and longer 1/2 and 1
+        ("one sample, position bias", "before"): 0.0, ("one sample, position bias", "after"): -0.25, ("one sample, position bias", "gain"): -0.25,
+        ("one sample, length bias", "before"): 0.0, ("one sample, length bias", "after"): 0.25, ("one sample, length bias", "gain"): 0.25,
+        # before, the one item that was right falls; after, one of the two
+        ("greedy, attack success", "before"): 1.0, ("greedy, attack success", "after"): 0.5, ("greedy, attack success", "gain"): -0.5}
     # gains 0.5 and 0.5: the paired error is 0, that of either run is not
     assert figures["one sample, strict"]["gain_se"] == 0 and figures["one sample, strict"]["before_se"] == pytest.approx(0.25)
 

@@ -325,7 +325,7 @@ def test_killed_and_resumed_gives_the_same_weights(tmp_path, extra):
     (["--model", "nobody/nothing", "--limit", "2"], "error: cannot load the model nobody/nothing"),
     (["--base", "nobody/nothing", "--trajectories", "both.jsonl", "--no-fresh", "--eval", "pair.jsonl", "--k", "1"],
      "error: cannot load the model nobody/nothing"),
-    (["--voting", "pair.jsonl", "--no-fresh", "--trajectories", "both.jsonl"], "error: --voting pair.jsonl"),
+    (["--voting", "pair.jsonl", "--no-fresh", "--trajectories", "both.jsonl"], "error: cannot write pair.jsonl: File exists"),
     (["--k-meta", "0"], "--k-meta are shares"), (["--n-fresh", "0"], "counts must be at least 1"),
     (["--quantize", "nf4", "--lora-r", "0"], "quantized weights cannot be trained")])
 def test_bad_input_gets_one_clear_sentence(tmp_path, monkeypatch, capsys, arguments, message):
