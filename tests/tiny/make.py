@@ -89,7 +89,8 @@ def build_judge(vocab_size: int, seed: int) -> Gemma3ForCausalLM:
     rope = {"rope_type": "default", "rope_theta": 1e6}
     judge = Gemma3ForCausalLM(Gemma3TextConfig(
         vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=4, head_dim=32,
-        query_pre_attn_scalar=16, max_position_embeddings=4096, sliding_window=96, rope_parameters={"full_attention": rope, "sliding_attention": rope},
+        query_pre_attn_scalar=16, max_position_embeddings=4096, sliding_window=96,
+        rope_parameters={"full_attention": rope, "sliding_attention": rope},
         layer_types=["sliding_attention", "full_attention"] * 2 + ["sliding_attention"], pad_token_id=0, bos_token_id=1, eos_token_id=2,
         tie_word_embeddings=True))
     for layer in judge.model.layers:

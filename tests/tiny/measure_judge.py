@@ -25,7 +25,8 @@ def judge(model, tokenizer, items, k, temperature, seed=0):
     """k judgements of each item: a list (items) of lists (k) of (scores in the items' order or None, record for read_judgements)."""
     rng = random.Random(seed)
     orders = [[rng.sample(range(len(item.responses)), len(item.responses)) for _ in range(k)] for item in items]
-    prompts = [grm.encode(tokenizer, grm.build_prompt(item.query, [item.responses[i] for i in order])) for item, of in zip(items, orders) for order in of]
+    prompts = [grm.encode(tokenizer, grm.build_prompt(item.query, [item.responses[i] for i in order]))
+               for item, of in zip(items, orders) for order in of]
     drawn = iter(grm.sample(model, tokenizer, prompts, 1, temperature, 320, seed=seed))
     result = []
     for item, of in zip(items, orders):

@@ -4,7 +4,8 @@
 
 For each file (any step's JSON Lines with "query", "responses" and "output"): the share of verdicts that are true, the share of named
 criteria that the request asks for, the share of a request's criteria that the judgement names (all, and by importance), the share of named
-criteria whose weight is right, and the share of judgements whose scores follow from their own verdicts and weights. Two files side by side show what training changed.
+criteria whose weight is right, and the share of judgements whose scores follow from their own verdicts and weights. Two files side by side show
+what training changed.
 """
 from __future__ import annotations
 
