@@ -110,7 +110,7 @@ def subject(args):
         model, tokenizer = grm.load_model(gemma_270m())
         return model, tokenizer, grm.load_preferences(JUDGE.parent / "eval.jsonl", limit=4), grm.worked_examples(1)
     model, tokenizer = grm.load_model(JUDGE)
-    return model, tokenizer, grm.load_preferences(JUDGE.parent / "eval.jsonl", limit=64), []
+    return model, tokenizer, grm.load_preferences(JUDGE.parent / "eval.jsonl", limit=32), []
 
 
 def sampling(args):
