@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib.util
 import json
@@ -109,7 +110,7 @@ def subject(args):
         model, tokenizer = grm.load_model(gemma_270m())
         return model, tokenizer, grm.load_preferences(JUDGE.parent / "eval.jsonl", limit=4), grm.worked_examples(1)
     model, tokenizer = grm.load_model(JUDGE)
-    return model, tokenizer, grm.load_preferences(JUDGE.parent / "eval.jsonl", limit=64), []
+    return model, tokenizer, grm.load_preferences(JUDGE.parent / "eval.jsonl", limit=32), []
 
 
 def sampling(args):
@@ -234,7 +235,7 @@ def training(args):
 
 SIZES = {"27b": dict(vocab_size=256000, hidden_size=4608, intermediate_size=36864, num_hidden_layers=46, num_attention_heads=32,
                      num_key_value_heads=16, head_dim=128, query_pre_attn_scalar=144, sliding_window=4096),
-         "tiny": dict(vocab_size=2048, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+         "tiny": dict(vocab_size=2048, hidden_size=128, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
                       head_dim=32, query_pre_attn_scalar=32, sliding_window=64)}
 SHAPES = {"27b": SimpleNamespace(prompts=8, n=8, prompt=1024, new=256), "tiny": SimpleNamespace(prompts=2, n=4, prompt=96, new=32)}
 
@@ -266,34 +267,33 @@ def random_model(config, dtype, device):
 
 
 def plan_of(config, dtype, shape, micro_tokens: int) -> dict[str, float]:
-    """Bytes at the peak of sampling and of an update, worked out from the model's sizes.
+    """Bytes at the peak of sampling and of an update of `shape`, worked out from the model's sizes.
 
-    What is held is exact. What passes by is counted in copies, read off the model's code: in the prefill, one layer of Gemma 2's attention, which
-    holds its scores as they are, capped and masked, and in float32; in the update, what checkpointing keeps of each layer, and one layer with all
-    that its backward pass wants, or a chunk of logits.
+    What is held is exact. What passes by is so many bytes for each of attention's scores, each inner value of the MLP, each logit: they follow
+    from the model's code, and were checked on small random models on the CPU, in float32 and bfloat16, where one of the three outweighs all else.
     """
-    item, rows, width = dtype.itemsize, shape.prompts * shape.n, config.hidden_size
+    item, rows = dtype.itemsize, shape.prompts * shape.n
     parts = grm.memory_plan(config, "nf4", dtype, rows, shape.new)
     prompt_cache = shape.prompts * shape.prompt * grm.bytes_of_token(config, item)
-    unpacked = item * width * config.intermediate_size  # bitsandbytes unpacks a layer's weights to multiply with them
-    at_once = min(shape.prompts, max(1, 8192 // shape.prompt)) * shape.prompt
-    scores = config.num_attention_heads * shape.prompt
-    prefill = max(at_once * scores * (4 * item + 4), 3 * item * at_once * config.intermediate_size + unpacked)
-    sample = parts["weights"] + prompt_cache + max(parts["cache"] + parts["logits"] + unpacked, prefill)
-    # a row is a prompt and all of its samples (03_grpo.group_log_probs); a micro-batch is at least one row
+    unpacked = item * config.hidden_size * config.intermediate_size  # bitsandbytes unpacks a layer's weights to multiply with them
+    tokens = min(shape.prompts, max(1, 8192 // shape.prompt)) * shape.prompt  # read at once
+    prefill = 6 * item * tokens * config.hidden_size + max(10 * config.num_attention_heads * shape.prompt * tokens,
+                                                           2 * item * tokens * config.intermediate_size + unpacked)
+    passing = max(prefill, parts["cache"] + parts["logits"] + unpacked)  # the one is over when the other begins
+    # In an update a prompt and all of its samples are one row (group_log_probs); checkpointing keeps what goes into each layer, and one layer at
+    # a time has what its backward pass wants.
     row = shape.prompt + shape.n * shape.new
     tokens = min(shape.prompts, max(1, micro_tokens // row)) * row
-    kept = tokens * width * item * (config.num_hidden_layers + 2)
     scores = config.num_attention_heads * row * tokens
-    attention = scores * (8 * item + 8)  # scores, capped, masked, float32 and back, and a gradient or two
-    mlp = tokens * config.intermediate_size * (5 * item + 2 * 4) + unpacked  # gate, up, their product, gradients; adapters want it in float32
-    chunk = 4 * 4 * min(2**25, rows * shape.new * config.vocab_size)
+    mlp = (4 * item + 4) * tokens * config.intermediate_size + unpacked
+    chunk = 20 * min(2**25, rows * shape.new * config.vocab_size)
+    activations = tokens * config.hidden_size * item * (config.num_hidden_layers + 2) + max(
+        (item + 12) * scores, (2 * item + 4) * scores + mlp, chunk)
     optimizer = parts["optimizer"] // (4 if CUDA else 1)  # in 8 bits on CUDA
-    training = 2 * parts["adapters"] + parts["gradients"] + optimizer  # twice: the reference's
-    update = parts["weights"] + training + kept + max(attention, mlp, chunk)
+    training = 2 * parts["adapters"] + parts["gradients"] + optimizer  # twice: the reference has its own
     return {"weights": parts["weights"], "prompts' cache": prompt_cache, "samples' cache": parts["cache"], "logits": parts["logits"],
-            "adapters, gradients, optimizer": training, "activations of an update": kept + max(attention, mlp, chunk),
-            "peak of sampling": sample, "peak of an update": update}
+            "adapters, gradients, optimizer": training, "activations of an update": activations,
+            "peak of sampling": parts["weights"] + prompt_cache + passing, "peak of an update": parts["weights"] + training + activations}
 
 
 class Live(TorchDispatchMode):
@@ -339,21 +339,22 @@ def scale(args):
         return print("nothing was run: that needs a GPU")
     torch.manual_seed(0)
     tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=None, decode=lambda ids, **_: "")
-    peak = Live() if not CUDA else None
-    start = time.perf_counter()
+    live, start = Live(), time.perf_counter()
 
     def highest(run):
         """What `run` returns, its seconds, and the peak of memory in it."""
-        started = time.perf_counter()
+        gc.collect()
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
-            result = run()
-            torch.cuda.synchronize()
-            return result, time.perf_counter() - started, torch.cuda.max_memory_allocated()
+        else:
+            live.peak = live.now
+        started = time.perf_counter()
         result = run()
-        return result, time.perf_counter() - started, peak.peak
+        if CUDA:
+            torch.cuda.synchronize()
+        return result, time.perf_counter() - started, torch.cuda.max_memory_allocated() if CUDA else live.peak
 
-    with peak if peak else torch.inference_mode(False):
+    with contextlib.nullcontext() if CUDA else live:
         model = random_model(config, dtype, device)
         print(f"made in {time.perf_counter() - start:.1f} s")
         prompts = torch.randint(1, config.vocab_size, (shape.prompts, shape.prompt)).tolist()
@@ -363,8 +364,6 @@ def scale(args):
 
         draw(20)  # warms up
         _, prefill, _ = highest(lambda: draw(1))
-        if peak:
-            peak.peak = peak.now
         drawn, seconds, sampling_peak = highest(lambda: draw(shape.new))
         tokens = sum(len(one.ids) for of_prompt in drawn for one in of_prompt)
         print(f"sampling: {tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s, of which {prefill:.1f} s to read the prompts")
@@ -382,8 +381,7 @@ def scale(args):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # on the CPU, too
         groups = [[grpo.Rollout(prompt, one.ids, 0.0, True, (-1.0) ** number) for number, one in enumerate(of_prompt)]
                   for prompt, of_prompt in zip(prompts, drawn)]
-        if peak:
-            peak.peak = peak.now
+        grpo.learn(model, reference, parameters, optimizer, groups, 1e-5, 0, settings)  # makes the optimizer's state
         metrics, seconds, update_peak = highest(lambda: grpo.learn(model, reference, parameters, optimizer, groups, 1e-5, 0, settings))
     print(f"an update on them: {seconds:.1f} s, gradient's norm {metrics['norm']:.3g}")
     for name, measured in (("peak of sampling", sampling_peak), ("peak of an update", update_peak)):
