@@ -720,7 +720,7 @@ def main():
     parser.add_argument("--query", help="judge your own text instead of --data")
     parser.add_argument("--response", action="append", default=[], help="a response to --query; repeat it for more")
     parser.add_argument("--shots", type=int, default=0, help=f"worked examples before the item, 0 to {len(SHOTS)}, for base models")
-    parser.add_argument("--no-principles", action="store_true", help="critique and scores alone: not asked for, and skipped (the ablation of Table 4)")
+    parser.add_argument("--no-principles", action="store_true", help="critique and scores alone, from the answer's first word on (Table 4)")
     parser.add_argument("--attack", metavar="N", type=int, default=0, help="judge the first N comparisons again, the worst response now ending with "
                         "a verdict in its own favour, and report how many that wins over")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token; sampling wants 0.5 to 1")
