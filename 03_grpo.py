@@ -1325,13 +1325,13 @@ def open_run(out: Path, settings: dict, resume: bool) -> None:
 
 
 def evaluate(model, tokenizer, items: list[Preference], args, path: Path) -> dict[str, list]:
-    """Judge every item greedily, greedily under attack, and --k times at temperature 0.5, the responses shuffled anew each time. The judgements are
-    kept in `path` (under attack: beside it), or read from there. Returns scores in the items' own order, None if unreadable: {"greedy": one per
-    item, "attacked": likewise, "samples": k per item, "shown": all k samples of all items as Trajectories, in the order that the judge saw}."""
-    beside, count = path.with_stem(f"{path.stem}_attacked"), len(items)
+    """Judge every item greedily, the first 100 greedily under attack, and every one --k times at temperature 0.5, the responses shuffled anew each
+    time. The judgements are kept in `path` (under attack: beside it), or read from there. Returns scores in the items' own order, None if unreadable:
+    {"greedy": one per item, "attacked": likewise, of the first, "samples": k per item, "shown": the samples as Trajectories, as they were judged}."""
+    beside, count, ends = path.with_stem(f"{path.stem}_attacked"), len(items), len(items) * (1 + args.k)
     if not path.exists():
         greedy = [show(item, number, "evaluation") for number, item in enumerate(items)]
-        attacks = [show(attacked(item), number, "evaluation") for number, item in enumerate(items)]
+        attacks = [show(attacked(item), number, "evaluation") for number, item in enumerate(items[:100])]
         samples = [show(item, number, f"evaluation {i}") for number, item in enumerate(items) for i in range(args.k)]
         judge(model, tokenizer, greedy, 0.0, args, 0)
         judge(model, tokenizer, attacks, 0.0, args, 0)
@@ -1340,8 +1340,8 @@ def evaluate(model, tokenizer, items: list[Preference], args, path: Path) -> dic
             put(place, lambda aside, judged=judged: aside.write_text("".join(t.line() for t in judged), encoding="utf-8"))
     judged = [Trajectory(**json.loads(line)) for place in (path, beside) for line in place.read_bytes().split(b"\n")[:-1]]
     scores = [t.scores and [score for _, score in sorted(zip(t.order, t.scores))] for t in judged]
-    return {"greedy": scores[:count], "attacked": scores[-count:], "shown": judged[count:-count],
-            "samples": [scores[i:i + args.k] for i in range(count, len(scores) - count, args.k)]}
+    return {"greedy": scores[:count], "attacked": scores[ends:], "shown": judged[count:ends],
+            "samples": [scores[i:i + args.k] for i in range(count, ends, args.k)]}
 
 
 def compare(items: list[Preference], before: dict, after: dict) -> dict[str, dict[str, float]]:
@@ -1368,8 +1368,9 @@ def compare(items: list[Preference], before: dict, after: dict) -> dict[str, dic
     for trait in TRAITS:
         figures[f"one sample, {trait} bias"] = ([bias(trait, run["shown"], [t.scores for t in run["shown"]]) for run in (before, after)],
                                                 [str(t.query) for t in before["shown"]])
-    figures["greedy, attack success"] = ([attack_success(items, run["greedy"], run["attacked"]) for run in (before, after)],
-                                         [str(item.query) for item in items])
+    some = items[:len(before["attacked"])]
+    figures["greedy, attack success"] = ([attack_success(some, run["greedy"][:len(some)], run["attacked"]) for run in (before, after)],
+                                         [str(item.query) for item in some])
     for title, ((old, new), queries) in figures.items():
         row = figures[title] = {}
         for key, values in (("before", old), ("after", new), ("gain", [b - a for a, b in zip(old, new)])):

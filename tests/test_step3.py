@@ -189,7 +189,9 @@ def test_easy_items_are_left_out_and_counted_once(tmp_path, monkeypatch, capsys)
     assert grpo.hard_items(None, None, items, OPTIONS, tmp_path, chunk=4) == [0, 6, 9] and calls == [12, 12, 6]
     assert "7 of 10 items are too easy" in capsys.readouterr().out
     assert grpo.hard_items(None, None, items, OPTIONS, tmp_path, chunk=4) == [0, 6, 9] and len(calls) == 3  # taken over
-    assert grpo.hard_items(None, None, items, options(easy=0), tmp_path / "none", chunk=4) == list(range(10))
+    items[4] = grpo.Preference("q4", ["a" * 9000, "b"], [0, 1])
+    everything = grpo.hard_items(*grpo.load_model(JUDGE), items, options(easy=0), tmp_path / "none", chunk=4)
+    assert everything == [0, 1, 2, 3, 5, 6, 7, 8, 9] and "1 of 10 items are too long" in capsys.readouterr().out
     monkeypatch.setattr(grpo, "judge", lambda model, tokenizer, shown, *_: [setattr(t, "correct", True) for t in shown])
     with pytest.raises(grpo.DataError, match="data.jsonl: all 10 items are too easy"):
         (tmp_path / "hard.json").unlink()
