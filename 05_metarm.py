@@ -989,8 +989,11 @@ def load_model(name: str | Path, quantize: str = "none"):
             name = convert_gguf(Path(name))
         check_memory(name, AutoConfig.from_pretrained(name, trust_remote_code=False), quantize, dtype, torch.device(device))
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, quantization_config=config[quantize], use_safetensors=True,
-                                                     trust_remote_code=False, device_map={"": device} if quantize != "none" else None)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, quantization_config=config[quantize], use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            device_map={"": device} if quantize != "none" else None)
+        if loaded["missing_keys"]:  # transformers would go on with random ones
+            raise ModelError(f"{name} lacks {len(loaded['missing_keys'])} weights, {min(loaded['missing_keys'])} among them: copy it again")
         model = model.to(device) if quantize == "none" else model
     except (OSError, ValueError, ImportError) as error:
         first = str(error).strip().splitlines()[0]

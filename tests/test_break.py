@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import JUDGE, ROOT, load_script
 from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 
 grm, rft, grpo = load_script("01_pointwise_grm"), load_script("02_rejective_ft"), load_script("03_grpo")
 REQUEST = "Make a packing list for the lake. It must mention rope. It should avoid tent. It could end with lamp."
@@ -95,6 +96,12 @@ def with_hidden_size(folder, size):
     return copy_of_judge(folder, config=json.dumps(json.loads((JUDGE / "config.json").read_text()) | {"hidden_size": size}).encode())
 
 
+def without_a_layer(folder):
+    copy_of_judge(folder)
+    save_file({name: w for name, w in load(WEIGHTS).items() if name != "model.layers.1.mlp.up_proj.weight"}, folder / "model.safetensors")
+    return folder
+
+
 WHOLE = "safetensors alone are read, and all of them must be there, whole: if a download or copy was cut off, start it again"
 MODELS = {
     "an empty folder": (lambda f: f.mkdir() or f, "cannot load the model"),
@@ -103,6 +110,7 @@ MODELS = {
     "weights of no bytes": (lambda f: copy_of_judge(f, model=b""), WHOLE),
     "a web page in the place of weights": (lambda f: copy_of_judge(f, model=b"<html>404</html>" * 99), WHOLE),
     "weights of other shapes": (lambda f: with_hidden_size(f, 256), "cannot load the model"),
+    "weights that lack a layer": (without_a_layer, "lacks 1 weights, model.layers.1.mlp.up_proj.weight among them"),
     "a configuration that is no JSON": (lambda f: copy_of_judge(f, config=b"{"), "not a valid JSON"),
     "no tokenizer": (lambda f: copy_of_judge(f, tokenizer=None, tokenizer_config=None), "its tokenizer knows no words"),
     "an encoder": (encoder, "is no causal language model but an encoder"),
