@@ -62,35 +62,6 @@ class DataError(ValueError):
     """A preference record or file that cannot be used; the message names the file, the line and what to do."""
 
 
-class ModelError(RuntimeError):
-    """A model that cannot be loaded or does not fit; the message says what to do."""
-
-
-@contextlib.contextmanager
-def writing(path: str | Path):
-    """Within it, what the system refuses (no space, no permission, no folder) becomes a DataError that says where, and what to do."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own for it
-        reason = getattr(error, "strerror", None) or f"{str(error).splitlines()[0]} (is the disk full?)"
-        raise DataError(f"cannot write {path}: {reason}; make room or choose another place; training goes on with --resume") from None
-
-
-# `torchrun --nproc-per-node N` starts N processes, one per GPU, and tells each its rank; alone we are rank 0 of 1.
-RANK = int(os.environ.get("RANK", 0))
-RANKS = int(os.environ.get("WORLD_SIZE", 1))
-
-
-def join_ranks() -> None:
-    """Connect to the other ranks, if there are any. All of them run the same script on shares of the same work; rank 0 alone prints and writes."""
-    if RANKS > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        atexit.register(torch.distributed.destroy_process_group)
-        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
-
-
 @dataclass
 class Preference:
     """A query, n >= 1 responses and their ground-truth rewards. Making one that is malformed raises DataError (without a file or line)."""
@@ -249,442 +220,6 @@ def read_judgement(text: str, n: int, binary: bool = False) -> Judgement:
     return Judgement(principles, critique, None, reason)
 
 
-@dataclass
-class Sample:
-    """A completion: its token ids (with the end token, if it came) and its text without special tokens."""
-    ids: list[int]
-    text: str
-
-
-def attention_masks(model, seen: torch.Tensor, distance: torch.Tensor):
-    """What is added to attention's logits: 0 where a query sees a key, the lowest number elsewhere; for Gemma 2 and 3 also that of sliding layers.
-
-    seen: (rows, queries, keys), true where a key may be looked at. distance: how many positions a query stands after a key, of a shape like it.
-    """
-    config, lowest = model.config.get_text_config(), torch.finfo(model.dtype).min
-    mask = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill(~seen, lowest)
-    if getattr(config, "layer_types", None) is None:
-        return mask[:, None]
-    sliding = mask.masked_fill(distance >= config.sliding_window, lowest) if getattr(config, "sliding_window", None) else mask
-    return {"full_attention": mask[:, None], "sliding_attention": sliding[:, None]}
-
-
-def attend(module, query, decoder, layer, mask, scaling, softcap=None, s_aux=None, **_):
-    """Attention of a decode step, where memory is what takes the time: the samples of a prompt look at one copy of its keys and values together,
-    and what several heads share is not repeated for each.
-
-    Args: query: (rows, heads, 1, head_dim). decoder, layer: what Decoder.update gave in the place of keys and values. mask: (rows, 1, 1, columns),
-    the prompt's before the row's own. Returns (rows, 1, heads, head_dim), as transformers wants it. Raises ModelError for an unknown kind.
-    """
-    if s_aux is not None:
-        raise ModelError("this model's attention has sinks, which the sampler does not know")
-    (prompt_keys, prompt_values), size = decoder.prompt_cache[layer], decoder.table.shape[1]
-    keys, values = (cache[:, :, :decoder.visible] for cache in decoder.cache[layer])
-
-    def grouped(x):  # (rows, key heads, heads of each, ...) to (groups, key heads, size x heads of each, ...)
-        return x[decoder.table].transpose(1, 2).flatten(2, 3)
-
-    def ungrouped(x):
-        return x.unflatten(2, (size, -1)).transpose(1, 2).flatten(0, 1)[decoder.slots]
-
-    query = query[:, :, 0].unflatten(1, (keys.shape[1], -1))
-    scores = torch.cat([ungrouped(grouped(query) @ prompt_keys.mT), query @ keys.mT], -1).float() * scaling
-    scores = softcap * torch.tanh(scores / softcap) if softcap else scores  # Gemma 2
-    seen, own = torch.softmax(scores + mask, -1).to(query.dtype).split([prompt_keys.shape[2], keys.shape[2]], -1)
-    return (ungrouped(grouped(seen) @ prompt_values) + own @ values).flatten(1, 2)[:, None], None
-
-
-def capture(step, pool):
-    """Record what `step` does to the GPU as a CUDA graph, without doing it; returns a function that does it.
-
-    A step is hundreds of small kernels, and Python takes longer to launch them than the GPU to run them; a graph is launched at once. It works
-    on the same addresses each time and takes nothing from the CPU. Raises RuntimeError if `step` waits for the device, as layers in int8 do.
-    """
-    graph, usual = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    try:
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # whatever other threads, such as NCCL's, do meanwhile
-            step()
-    finally:
-        torch.cuda.set_stream(usual)  # a capture that fails leaves its own stream behind
-    return graph.replay
-
-
-class Decoder:
-    """A batch in flight: the fixed buffers that a decode step reads and writes in place.
-
-    Prompts are padded on the left, so every row writes its next token to the same column. The decoder passes itself to the model as the cache:
-    in the prefill, attention layers leave their keys and values here by `update`; in a step, each adds one column, and `attend` looks at the
-    prompt's and at the first `visible` ones of the row's own. Sliding-window layers keep all columns too and the mask hides the old ones: more
-    memory than a rolling window, but nothing to move. In a step only the buffers change, so that it can be captured in a CUDA graph, one for each
-    number of rows and `visible` (which is set from outside). What would differ from step to step is in tensors, the random numbers are drawn ahead.
-    """
-
-    def __init__(self, model, prompts: list[tuple[int, ...]], rows: list[int], temperature: float, max_new_tokens: int, stop_ids: list[int],
-                 pad_id: int, generator: torch.Generator):
-        """prompts: distinct, each prefilled once. rows: for each sample, the number of its prompt; equal ones are neighbours."""
-        device = model.device
-        self.model, self.temperature, self.pad_id, self.visible, self.column = model, temperature, pad_id, 0, None
-        # On CUDA: the shapes (rows, visible) for which the kernels are warm and for which `replay` is a graph; a failure is not tried again.
-        self.warm, self.captured, self.graphs = None, None, device.type == "cuda" and not getattr(model, "no_graphs", False)
-        self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
-        transformers.AttentionInterface.register("spct_decode", attend)
-        # Prefill: each distinct prompt once, a few thousand tokens at a time.
-        self.width = max(map(len, prompts))
-        ids = torch.tensor([[pad_id] * (self.width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-        padding = torch.tensor([[self.width - len(prompt)] for prompt in prompts], device=device)
-        self.columns = torch.arange(self.width + max_new_tokens, device=device)
-        logits, parts, columns = [], {}, self.columns[:self.width]
-        for part in torch.arange(len(prompts), device=device).split(max(1, 8192 // self.width)):
-            self.real, self.cache = self.columns >= padding[part], {}
-            logits.append(self.forward(ids[part], (columns - padding[part]).clamp(min=0), columns))
-            for layer in self.cache:
-                parts.setdefault(layer, []).append(self.cache[layer])
-        # A group is the rows of a prompt. If it has far more of them than others do, it makes several groups: their table has room for `size` each.
-        size = -(-len(rows) // len(prompts))
-        self.groups = [(prompt, (row - rows.index(prompt)) // size) for row, prompt in enumerate(rows)]
-        prompt_of_group, rows = torch.tensor([prompt for prompt, _ in dict.fromkeys(self.groups)], device=device), torch.tensor(rows, device=device)
-        self.prompt_cache = {}
-        for layer in self.cache:
-            self.prompt_cache[layer] = [torch.cat(part)[prompt_of_group] for part in zip(*parts.pop(layer))]
-            self.cache[layer] = [prompt.new_zeros(len(rows), prompt.shape[1], max_new_tokens, prompt.shape[3]) for prompt in self.prompt_cache[layer]]
-        self.seat()
-        self.real, self.position = self.columns >= padding[rows], self.width - 1 - padding[rows]
-        self.token = torch.zeros(len(rows), 1, dtype=torch.long, device=device)
-        self.output = torch.full((len(rows), max_new_tokens), pad_id, device=device)
-        self.finished = torch.zeros(len(rows), 1, dtype=torch.bool, device=device)
-        self.random = torch.rand(len(rows), max_new_tokens, device=device, generator=generator)
-        self.stop_ids, self.column = torch.tensor(stop_ids, device=device), torch.tensor([-1], device=device)
-        self.draw(torch.cat(logits)[rows])
-
-    def seat(self):
-        """Write down who sits where: table (groups, size), the rows of a group and its first one again; slots (rows,), a row's place in it."""
-        members = {}
-        for row, group in enumerate(self.groups):
-            members.setdefault(group, []).append(row)
-        size = max(map(len, members.values()))
-        self.table = torch.tensor([rows + rows[:1] * (size - len(rows)) for rows in members.values()], device=self.columns.device)
-        self.slots = torch.tensor([number * size + i for number, rows in enumerate(members.values()) for i in range(len(rows))],
-                                  device=self.columns.device)
-
-    def update(self, key, value, layer, *_, **__):
-        """Store a layer's new keys and values (rows, kv_heads, columns, head_dim); returns what its attention is called with."""
-        if self.column is None:  # prefill
-            self.cache[layer] = key, value
-            return key, value
-        for cache, new in zip(self.cache[layer], (key, value)):
-            cache.index_copy_(2, self.column, new)
-        return self, layer
-
-    def get_seq_length(self, *_):
-        return 0  # transformers asks in order to make masks and positions, which we pass
-
-    def forward(self, ids, position, columns):
-        """Logits (rows, vocabulary) after the last of the tokens `ids` (rows, new), which stand at `columns` (new,)."""
-        distance = columns[:, None] - self.columns[:self.width + self.visible]
-        mask = attention_masks(self.model, self.real[:, None, :self.width + self.visible] & (distance >= 0), distance)
-        return self.model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=self, use_cache=True,
-                          logits_to_keep=1).logits[:, -1]
-
-    def draw(self, logits):
-        """Choose the next token of every row by its logits (rows, vocabulary). Nothing waits for the device."""
-        self.column += 1
-        self.position += 1
-        if self.temperature > 0:  # the first token up to which the probabilities add up to more than a random number (drawn ahead, between 0 and 1)
-            sums = torch.softmax(logits.float() / self.temperature, -1).cumsum(-1)
-            token = torch.searchsorted(sums, self.random.index_select(1, self.column) * sums[:, -1:], right=True)
-        else:
-            token = logits.argmax(-1, keepdim=True)
-        self.token.copy_(token.masked_fill(self.finished, self.pad_id))
-        self.output.index_copy_(1, self.column, self.token)
-        self.finished |= (self.token == self.stop_ids).any(-1, keepdim=True)
-
-    def step(self):
-        """Run the model on every row's last token, and draw the next."""
-        config = self.model.config.get_text_config()
-        usual, config._attn_implementation = config._attn_implementation, "spct_decode"
-        try:
-            self.draw(self.forward(self.token, self.position, self.width + self.column))
-        finally:
-            config._attn_implementation = usual
-
-    def advance(self):
-        """Take a step; on CUDA by a graph, but for the first of a shape: it loads kernels and makes workspaces, which a capture may not."""
-        shape = len(self.token), self.visible
-        if self.graphs and shape == self.warm != self.captured:
-            try:  # the last graph stays until there is a new one: it holds the pool
-                self.replay, self.captured = capture(self.step, self.pool), shape
-            except RuntimeError as error:
-                why = error.__context__ or error  # ending a broken capture fails, too
-                if isinstance(why, torch.OutOfMemoryError):
-                    raise why
-                self.graphs, self.model.no_graphs = False, True
-                print(f"sampling goes on without CUDA graphs, more slowly: a step cannot be captured ({str(why).splitlines()[0]})")
-        self.warm = shape
-        self.replay() if self.graphs and shape == self.captured else self.step()
-
-    def keep(self, rows: list[int]):
-        """Drop all other rows."""
-        groups, self.groups = list(dict.fromkeys(self.groups)), [self.groups[row] for row in rows]
-        left = torch.tensor([groups.index(group) for group in dict.fromkeys(self.groups)], device=self.columns.device)
-        rows = torch.tensor(rows, device=self.columns.device)
-        for layer in self.cache:
-            if len(left) < len(groups):
-                self.prompt_cache[layer] = [cache[left] for cache in self.prompt_cache[layer]]
-            for cache in self.cache[layer]:
-                cache[:len(rows), :, :self.visible] = cache[rows, :, :self.visible]
-            self.cache[layer] = [cache[:len(rows)] for cache in self.cache[layer]]
-        for name in ("real", "position", "token", "output", "finished", "random"):
-            setattr(self, name, getattr(self, name)[rows])
-        self.seat()
-
-
-@torch.no_grad()
-def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: float = 1.0, max_new_tokens: int = 512,
-           batch_size: int | None = None, seed: int = 0, stop: str | None = None, progress: bool = True) -> list[list[Sample]]:
-    """Draw n completions of every prompt.
-
-    Args:
-        prompts: token ids, as from `encode`; equal prompts are prefilled once. temperature: 0 is greedy. max_new_tokens: at most so many.
-        batch_size: rows decoded together (default: what free memory holds); halved when memory runs out, and what is done stays done.
-        stop: cut a completion off before this text. seed: the same arguments draw the same samples. progress: show a bar.
-    Ranks deal the distinct prompts out among themselves, and each gets all samples.
-    Returns n samples for each prompt, in the order of `prompts`. Raises ModelError if not even one row fits into memory.
-    """
-    model.eval()
-    end = model.generation_config.eos_token_id
-    stop_ids = sorted({*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id} - {None})
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
-    generator = torch.Generator(model.device).manual_seed(seed + 10**9 * RANK)
-    # Longest first: neighbours in a batch need little padding, and memory runs out at once or never.
-    queue = [(tuple(prompt), slot) for slot, prompt in enumerate(prompt for prompt in prompts for _ in range(n))]
-    queue.sort(key=lambda entry: (-len(entry[0]), entry))
-    samples, tokens, start = [None] * len(queue), 0, time.time()
-    dealt = {prompt: number % RANKS for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in queue))}
-    queue = [entry for entry in queue if dealt[entry[0]] == RANK]
-    bucket = 64 if model.device.type == "cuda" else 16  # columns by which a row's visible ones grow: a graph lasts longer, or nothing is seen in vain
-    with tqdm(total=len(queue), desc="sampling", unit=" samples", disable=not progress or RANK > 0) as bar:
-        while queue:
-            batch = queue[:batch_size or rows_that_fit(model, -(-len(queue[0][0]) // n) + max_new_tokens)]
-            try:
-                distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in batch))}
-                decoder = Decoder(model, list(distinct), [distinct[prompt] for prompt, _ in batch], temperature, max_new_tokens, stop_ids, pad_id,
-                                  generator)
-                slots, count = [slot for _, slot in batch], 1
-                while slots:
-                    steps = min(16, max_new_tokens - count)
-                    count += steps
-                    decoder.visible = min(max_new_tokens, -(-(count - 1) // bucket) * bucket)
-                    for _ in range(steps):
-                        decoder.advance()
-                    finished, outputs = decoder.finished[:, 0].tolist(), decoder.output[:, :count].tolist()  # the one look at the device
-                    if stop:
-                        finished = [over or stop in tokenizer.decode(ids) for over, ids in zip(finished, outputs)]
-                    if count == max_new_tokens:
-                        finished = [True] * len(slots)
-                    if 4 * sum(finished) < len(slots):  # moving the rows costs a copy: not for a few
-                        continue
-                    for slot, ids, over in zip(slots, outputs, finished):
-                        if over:
-                            samples[slot] = finish(tokenizer, ids, stop_ids, stop)
-                            tokens += len(samples[slot].ids)
-                    bar.update(sum(finished))
-                    bar.set_postfix_str(f"{tokens / (time.time() - start):,.0f} tokens/s")
-                    alive = [row for row, over in enumerate(finished) if not over]
-                    slots = [slots[row] for row in alive]
-                    if slots:
-                        decoder.keep(alive)
-            except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what the CPU's allocator raises
-                if "memory" not in str(error):
-                    raise
-                if len(batch) == 1:
-                    raise ModelError(f"not enough memory for one row of {len(batch[0][0]) + max_new_tokens} tokens: shorten --max-new-tokens, "
-                                     "or load the model with --quantize nf4") from None
-                batch_size = len(batch) // 2
-                bar.write(f"out of memory with {len(batch)} rows; going on with {batch_size}")
-            decoder = None  # its buffers are free before the next ones are made
-            queue = [entry for entry in queue if samples[entry[1]] is None]
-    if RANKS > 1:
-        torch.distributed.all_gather_object(parts := [None] * RANKS, samples)
-        samples = [next(filter(None, of_slot)) for of_slot in zip(*parts)]
-    return [samples[i:i + n] for i in range(0, len(samples), n)]
-
-
-def finish(tokenizer, ids: list[int], stop_ids: list[int], stop: str | None) -> Sample:
-    """Cut a row of output after its end token, and before the text `stop`."""
-    end = next((i + 1 for i, token in enumerate(ids) if token in stop_ids), len(ids))
-    text = tokenizer.decode(ids[:end], skip_special_tokens=True)
-    if stop and stop in text:
-        text = text[:text.index(stop)]
-        while stop in tokenizer.decode(ids[:end - 1], skip_special_tokens=True):
-            end -= 1
-    return Sample(ids[:end], text)
-
-
-def bytes_of_token(config, itemsize: int) -> int:
-    """Bytes of a token's keys and values in all layers. Sliding-window layers keep every token, too."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head_dim * itemsize
-
-
-def free_memory(device: torch.device) -> int:
-    """Free bytes of a GPU, with those that torch holds unused, or of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return psutil.virtual_memory().available
-
-
-def rows_that_fit(model, columns: int) -> int:
-    """How many rows of `columns` tokens half of the free memory holds: keys and values, and a few copies of a row's logits."""
-    config = model.config.get_text_config()
-    row = columns * bytes_of_token(config, model.dtype.itemsize) + 16 * config.vocab_size
-    return max(1, min(1024 if model.device.type == "cuda" else 256, free_memory(model.device) // 2 // row))
-
-
-def memory_plan(config, quantize: str = "none", dtype: torch.dtype = torch.bfloat16, rows: int = 1, columns: int = 2048,
-                r: int = 16) -> dict[str, int]:
-    """What a model of this configuration will take, in bytes by name; no weight is loaded or made.
-
-    Args: rows, columns: of the cache, in tokens; r: rank of the adapters that are trained, on all linear layers; 0: all weights are.
-    Returns weights; cache: keys and values; logits: what drawing a token holds; adapters, gradients, optimizer (Adam): of training, in float32.
-    """
-    with torch.device("meta"):  # tensors with a shape and no content
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()]
-    inside, total = sum(layer.weight.numel() for layer in linears), sum(p.numel() for p in model.parameters())
-    # nf4 scales each 64 weights by a byte, and each 256 of those bytes by a float; int8 has a float for each output
-    packed = {"none": inside * dtype.itemsize, "int8": inside + 4 * sum(layer.out_features for layer in linears),
-              "nf4": inside // 2 + inside // 64 + inside // 64 // 256 * 4}[quantize]
-    adapters = r * sum(layer.in_features + layer.out_features for layer in linears)
-    trained, config = 4 * (adapters or total), config.get_text_config()
-    return {"weights": packed + (total - inside) * dtype.itemsize, "cache": rows * columns * bytes_of_token(config, dtype.itemsize),
-            "logits": rows * 16 * config.vocab_size, "adapters": 4 * adapters, "gradients": trained, "optimizer": 2 * trained}
-
-
-def check_memory(name: str, config, quantize: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Print the plan of a model of more than 2 GB. Raises ModelError, with the numbers and what to do, if its weights do not fit."""
-    if getattr(config, "quantization_config", None):  # already packed, in ways that we do not know
-        return
-    (plan, small), free = (memory_plan(config, kind, dtype) for kind in (quantize, "nf4")), free_memory(device)
-    if plan["weights"] > free:
-        advice = (f"--quantize nf4 would take {small['weights'] / 1e9:.3g} GB" if small["weights"] < free and quantize != "nf4" else
-                  f"even --quantize nf4 takes {small['weights'] / 1e9:.3g} GB: choose a smaller model")
-        raise ModelError(f"{name} does not fit: its weights ({quantize}) take {plan['weights'] / 1e9:.3g} GB and {free / 1e9:.3g} GB of memory are "
-                         f"free on {device}; {advice}")
-    if plan["weights"] > 2e9:
-        training = plan["adapters"] + plan["gradients"] + plan["optimizer"]
-        print(f"{name}: the weights ({quantize}) take {plan['weights'] / 1e9:.3g} GB of {free / 1e9:.3g} GB that are free on {device}; "
-              f"2048 tokens of a sample {plan['cache'] / 1e9:.3g} GB, training adapters of rank 16 {training / 1e9:.3g} GB and its activations")
-
-
-class LoRA(torch.nn.Module):
-    """A linear layer with a low-rank correction: y = base(x) + alpha / r * B(A(x)). base may be quantized; A is (r, in), B is (out, r)."""
-
-    def __init__(self, base: torch.nn.Module, r: int, alpha: float):
-        super().__init__()
-        self.base, self.scaling = base, alpha / r
-        self.lora_A = torch.nn.Linear(base.in_features, r, bias=False, device=base.weight.device, dtype=torch.float32)
-        self.lora_B = torch.nn.Linear(r, base.out_features, bias=False, device=base.weight.device, dtype=torch.float32)
-        torch.nn.init.zeros_(self.lora_B.weight)  # starts as the base alone
-
-    def forward(self, x):
-        return self.base(x) + (self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))) * self.scaling).to(x.dtype)
-
-
-def add_lora(model, targets: list[str], r: int, alpha: float) -> None:
-    """Wrap every linear layer whose name ends in one of `targets` ("q_proj", ...), but for those that see images, and freeze the rest."""
-    model.requires_grad_(False)
-    for name, module in list(model.named_modules()):
-        if name.split(".")[-1] in targets and "vision" not in name:
-            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], LoRA(module, r, alpha))
-
-
-def telling(load):
-    """Makes `load`, which returns a model and its tokenizer, raise nothing but ModelErrors of one line; and one for what transformers loads without
-    a word though it cannot judge: an encoder, a classifier such as a meta RM, a model whose tokenizer did not arrive."""
-    @functools.wraps(load)
-    def loaded(name: str | Path, *rest, **options):
-        try:
-            model, tokenizer = load(name, *rest, **options)
-        except Exception as error:  # a damaged file fails in more ways than one can list
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            reason = reason if isinstance(error, ModelError) else f"cannot load the model {name}: {type(error).__name__}: {reason}"
-            hint = "; safetensors alone are read, and all of them must be there, whole: if a download or copy was cut off, start it again"
-            raise ModelError(reason + hint * ("safetensors" in reason.lower() or isinstance(error, SafetensorError))) from None
-        kind = (getattr(model.config, "architectures", None) or [""])[0]
-        if getattr(model.config, "is_decoder", True) is False or "Classification" in kind:
-            raise ModelError(f"{name} is no causal language model but an encoder or a classifier ({kind}), which cannot write; choose another")
-        if "Scores" not in tokenizer.decode(tokenizer("Scores")["input_ids"]):
-            raise ModelError(f"{name}: its tokenizer knows no words; if a download or copy was cut off (tokenizer.json), start it again")
-        return model, tokenizer
-    return loaded
-
-
-@telling
-def load_model(name: str | Path, quantize: str = "none"):
-    """Load a causal language model and its tokenizer; bfloat16 on CUDA, float32 on the CPU; safetensors only, no remote code.
-
-    Args:
-        name: a folder, a Hub name, a GGUF file (converted once, kept in ~/.cache/spct), or a folder with a LoRA adapter in PEFT's format.
-        quantize: "nf4" (4 bits, double quantization: about 0.55 bytes a weight), "int8", or "none". Embeddings stay as they are.
-    Raises ModelError with what to do: log in for a gated model, pick another quantization, install a package. Says what a large one takes.
-    """
-    name = str(name)
-    adapter = Path(name, "adapter_config.json")
-    if adapter.exists():
-        config = json.loads(adapter.read_text())
-        if config.get("use_rslora") or config.get("use_dora") or not isinstance(config["target_modules"], list):
-            raise ModelError(f"{name}: only plain LoRA with a list of target_modules can be read; merge the adapter into its base with peft")
-        model, tokenizer = load_model(config["base_model_name_or_path"], quantize)
-        add_lora(model, config["target_modules"], config["r"], config["lora_alpha"])
-        from safetensors.torch import load_file
-        weights = load_file(Path(name, "adapter_model.safetensors"))
-        weights = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
-        _, unknown = model.load_state_dict(weights, strict=False)
-        if unknown or not weights:
-            raise ModelError(f"{name}: the adapter does not fit its base model {config['base_model_name_or_path']}: {unknown[:1]}")
-        return model, tokenizer
-    cuda = torch.cuda.is_available()
-    device, dtype = (f"cuda:{torch.cuda.current_device()}", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    config = {"none": None, "int8": BitsAndBytesConfig(load_in_8bit=True),
-              "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
-    try:
-        if name.endswith(".gguf"):
-            name = convert_gguf(Path(name))
-        check_memory(name, AutoConfig.from_pretrained(name, trust_remote_code=False), quantize, dtype, torch.device(device))
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, quantization_config=config[quantize], use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-            device_map={"": device} if quantize != "none" else None)
-        if loaded["missing_keys"]:  # transformers would go on with random ones
-            raise ModelError(f"{name} lacks {len(loaded['missing_keys'])} weights, {min(loaded['missing_keys'])} among them: copy it again")
-        model = model.to(device) if quantize == "none" else model
-    except (OSError, ValueError, ImportError) as error:
-        first = str(error).strip().splitlines()[0]
-        if "gated" in str(error).lower():
-            raise ModelError(f"{name} is gated: accept its terms on its page of the Hub, then run `hf auth login`") from None
-        raise ModelError(f"cannot load the model {name}: {first}") from None
-    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-        if "memory" not in str(error) or isinstance(error, ModelError):
-            raise
-        raise ModelError(f"not enough memory on {device} for {name}: try --quantize nf4 (a quarter of bfloat16) or a smaller model") from None
-    for module in model.modules():  # on some CPUs, sampling would repack 4-bit weights into a form that has no gradient
-        if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False
-    return model.eval(), tokenizer
-
-
-def mean_and_se(values: list[float], clusters: list) -> tuple[float, float]:
-    """Mean and its standard error; values of one cluster (the same query) may depend on each other. (nan, nan) of nothing."""
-    if not values:
-        return math.nan, math.nan
-    mean, sums = sum(values) / len(values), {}
-    for value, cluster in zip(values, clusters):
-        sums[cluster] = sums.get(cluster, 0.0) + value - mean
-    correction = len(sums) / (len(sums) - 1) if len(sums) > 1 else math.nan
-    return mean, math.sqrt(correction * sum(s * s for s in sums.values())) / len(values)
-
-
 def is_correct(scores: list[float] | None, rewards: list[float]) -> bool:
     """Eq. 10: S_j > S_i for all i != j = argmax r; for a single response S_1 = r_1. Unreadable scores (None) are not correct."""
     if scores is None:
@@ -699,6 +234,17 @@ def chance_of_best(scores: list[float] | None, rewards: list[float]) -> float:
     """Chance that the argmax of scores, ties broken by a fair coin, is the best of n >= 2 responses; unreadable scores tie all."""
     scores = [0] * len(rewards) if scores is None else scores
     return float(scores[rewards.index(max(rewards))] == max(scores)) / scores.count(max(scores))
+
+
+def mean_and_se(values: list[float], clusters: list) -> tuple[float, float]:
+    """Mean and its standard error; values of one cluster (the same query) may depend on each other. (nan, nan) of nothing."""
+    if not values:
+        return math.nan, math.nan
+    mean, sums = sum(values) / len(values), {}
+    for value, cluster in zip(values, clusters):
+        sums[cluster] = sums.get(cluster, 0.0) + value - mean
+    correction = len(sums) / (len(sums) - 1) if len(sums) > 1 else math.nan
+    return mean, math.sqrt(correction * sum(s * s for s in sums.values())) / len(values)
 
 
 def roc_auc(scores: list[float | None], labels: list[bool]) -> tuple[float, float]:
@@ -924,6 +470,465 @@ def main():
     print(f"{tokens:,} tokens in {seconds:.0f} s. Judgements: {out / 'judgements.jsonl'}, figures: {out / 'results.json'}")
     if stopped:
         sys.exit(f"error: {stopped}; the figures are of {len(judged)} of {len(items)} items")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------------
+# The engine room: `sample` draws judgements in batches, `load_model` loads what draws them. Nothing below is about reward models; read on to see
+# why it is fast, or go on with step 2, which trains this judge.
+# ------------------------------------------------------------------------------------------------------------------------------------------
+
+# `torchrun --nproc-per-node N` starts N processes, one per GPU, and tells each its rank; alone we are rank 0 of 1.
+RANK = int(os.environ.get("RANK", 0))
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_ranks() -> None:
+    """Connect to the other ranks, if there are any. All of them run the same script on shares of the same work; rank 0 alone prints and writes."""
+    if RANKS > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(torch.distributed.destroy_process_group)
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+
+
+@dataclass
+class Sample:
+    """A completion: its token ids (with the end token, if it came) and its text without special tokens."""
+    ids: list[int]
+    text: str
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: float = 1.0, max_new_tokens: int = 512,
+           batch_size: int | None = None, seed: int = 0, stop: str | None = None, progress: bool = True) -> list[list[Sample]]:
+    """Draw n completions of every prompt.
+
+    Args:
+        prompts: token ids, as from `encode`; equal prompts are prefilled once. temperature: 0 is greedy. max_new_tokens: at most so many.
+        batch_size: rows decoded together (default: what free memory holds); halved when memory runs out, and what is done stays done.
+        stop: cut a completion off before this text. seed: the same arguments draw the same samples. progress: show a bar.
+    Ranks deal the distinct prompts out among themselves, and each gets all samples.
+    Returns n samples for each prompt, in the order of `prompts`. Raises ModelError if not even one row fits into memory.
+    """
+    model.eval()
+    end = model.generation_config.eos_token_id
+    stop_ids = sorted({*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id} - {None})
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
+    generator = torch.Generator(model.device).manual_seed(seed + 10**9 * RANK)
+    # Longest first: neighbours in a batch need little padding, and memory runs out at once or never.
+    queue = [(tuple(prompt), slot) for slot, prompt in enumerate(prompt for prompt in prompts for _ in range(n))]
+    queue.sort(key=lambda entry: (-len(entry[0]), entry))
+    samples, tokens, start = [None] * len(queue), 0, time.time()
+    dealt = {prompt: number % RANKS for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in queue))}
+    queue = [entry for entry in queue if dealt[entry[0]] == RANK]
+    bucket = 64 if model.device.type == "cuda" else 16  # columns by which a row's visible ones grow: a graph lasts longer, or nothing is seen in vain
+    with tqdm(total=len(queue), desc="sampling", unit=" samples", disable=not progress or RANK > 0) as bar:
+        while queue:
+            batch = queue[:batch_size or rows_that_fit(model, -(-len(queue[0][0]) // n) + max_new_tokens)]
+            try:
+                distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in batch))}
+                decoder = Decoder(model, list(distinct), [distinct[prompt] for prompt, _ in batch], temperature, max_new_tokens, stop_ids, pad_id,
+                                  generator)
+                slots, count = [slot for _, slot in batch], 1
+                while slots:
+                    steps = min(16, max_new_tokens - count)
+                    count += steps
+                    decoder.visible = min(max_new_tokens, -(-(count - 1) // bucket) * bucket)
+                    for _ in range(steps):
+                        decoder.advance()
+                    finished, outputs = decoder.finished[:, 0].tolist(), decoder.output[:, :count].tolist()  # the one look at the device
+                    if stop:
+                        finished = [over or stop in tokenizer.decode(ids) for over, ids in zip(finished, outputs)]
+                    if count == max_new_tokens:
+                        finished = [True] * len(slots)
+                    if 4 * sum(finished) < len(slots):  # moving the rows costs a copy: not for a few
+                        continue
+                    for slot, ids, over in zip(slots, outputs, finished):
+                        if over:
+                            samples[slot] = finish(tokenizer, ids, stop_ids, stop)
+                            tokens += len(samples[slot].ids)
+                    bar.update(sum(finished))
+                    bar.set_postfix_str(f"{tokens / (time.time() - start):,.0f} tokens/s")
+                    alive = [row for row, over in enumerate(finished) if not over]
+                    slots = [slots[row] for row in alive]
+                    if slots:
+                        decoder.keep(alive)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what the CPU's allocator raises
+                if "memory" not in str(error):
+                    raise
+                if len(batch) == 1:
+                    raise ModelError(f"not enough memory for one row of {len(batch[0][0]) + max_new_tokens} tokens: shorten --max-new-tokens, "
+                                     "or load the model with --quantize nf4") from None
+                batch_size = len(batch) // 2
+                bar.write(f"out of memory with {len(batch)} rows; going on with {batch_size}")
+            decoder = None  # its buffers are free before the next ones are made
+            queue = [entry for entry in queue if samples[entry[1]] is None]
+    if RANKS > 1:
+        torch.distributed.all_gather_object(parts := [None] * RANKS, samples)
+        samples = [next(filter(None, of_slot)) for of_slot in zip(*parts)]
+    return [samples[i:i + n] for i in range(0, len(samples), n)]
+
+
+def finish(tokenizer, ids: list[int], stop_ids: list[int], stop: str | None) -> Sample:
+    """Cut a row of output after its end token, and before the text `stop`."""
+    end = next((i + 1 for i, token in enumerate(ids) if token in stop_ids), len(ids))
+    text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+    if stop and stop in text:
+        text = text[:text.index(stop)]
+        while stop in tokenizer.decode(ids[:end - 1], skip_special_tokens=True):
+            end -= 1
+    return Sample(ids[:end], text)
+
+
+class Decoder:
+    """A batch in flight: the fixed buffers that a decode step reads and writes in place.
+
+    Prompts are padded on the left, so every row writes its next token to the same column. The decoder passes itself to the model as the cache:
+    in the prefill, attention layers leave their keys and values here by `update`; in a step, each adds one column, and `attend` looks at the
+    prompt's and at the first `visible` ones of the row's own. Sliding-window layers keep all columns too and the mask hides the old ones: more
+    memory than a rolling window, but nothing to move. In a step only the buffers change, so that it can be captured in a CUDA graph, one for each
+    number of rows and `visible` (which is set from outside). What would differ from step to step is in tensors, the random numbers are drawn ahead.
+    """
+
+    def __init__(self, model, prompts: list[tuple[int, ...]], rows: list[int], temperature: float, max_new_tokens: int, stop_ids: list[int],
+                 pad_id: int, generator: torch.Generator):
+        """prompts: distinct, each prefilled once. rows: for each sample, the number of its prompt; equal ones are neighbours."""
+        device = model.device
+        self.model, self.temperature, self.pad_id, self.visible, self.column = model, temperature, pad_id, 0, None
+        # On CUDA: the shapes (rows, visible) for which the kernels are warm and for which `replay` is a graph; a failure is not tried again.
+        self.warm, self.captured, self.graphs = None, None, device.type == "cuda" and not getattr(model, "no_graphs", False)
+        self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
+        transformers.AttentionInterface.register("spct_decode", attend)
+        # Prefill: each distinct prompt once, a few thousand tokens at a time.
+        self.width = max(map(len, prompts))
+        ids = torch.tensor([[pad_id] * (self.width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+        padding = torch.tensor([[self.width - len(prompt)] for prompt in prompts], device=device)
+        self.columns = torch.arange(self.width + max_new_tokens, device=device)
+        logits, parts, columns = [], {}, self.columns[:self.width]
+        for part in torch.arange(len(prompts), device=device).split(max(1, 8192 // self.width)):
+            self.real, self.cache = self.columns >= padding[part], {}
+            logits.append(self.forward(ids[part], (columns - padding[part]).clamp(min=0), columns))
+            for layer in self.cache:
+                parts.setdefault(layer, []).append(self.cache[layer])
+        # A group is the rows of a prompt. If it has far more of them than others do, it makes several groups: their table has room for `size` each.
+        size = -(-len(rows) // len(prompts))
+        self.groups = [(prompt, (row - rows.index(prompt)) // size) for row, prompt in enumerate(rows)]
+        prompt_of_group, rows = torch.tensor([prompt for prompt, _ in dict.fromkeys(self.groups)], device=device), torch.tensor(rows, device=device)
+        self.prompt_cache = {}
+        for layer in self.cache:
+            self.prompt_cache[layer] = [torch.cat(part)[prompt_of_group] for part in zip(*parts.pop(layer))]
+            self.cache[layer] = [prompt.new_zeros(len(rows), prompt.shape[1], max_new_tokens, prompt.shape[3]) for prompt in self.prompt_cache[layer]]
+        self.seat()
+        self.real, self.position = self.columns >= padding[rows], self.width - 1 - padding[rows]
+        self.token = torch.zeros(len(rows), 1, dtype=torch.long, device=device)
+        self.output = torch.full((len(rows), max_new_tokens), pad_id, device=device)
+        self.finished = torch.zeros(len(rows), 1, dtype=torch.bool, device=device)
+        self.random = torch.rand(len(rows), max_new_tokens, device=device, generator=generator)
+        self.stop_ids, self.column = torch.tensor(stop_ids, device=device), torch.tensor([-1], device=device)
+        self.draw(torch.cat(logits)[rows])
+
+    def seat(self):
+        """Write down who sits where: table (groups, size), the rows of a group and its first one again; slots (rows,), a row's place in it."""
+        members = {}
+        for row, group in enumerate(self.groups):
+            members.setdefault(group, []).append(row)
+        size = max(map(len, members.values()))
+        self.table = torch.tensor([rows + rows[:1] * (size - len(rows)) for rows in members.values()], device=self.columns.device)
+        self.slots = torch.tensor([number * size + i for number, rows in enumerate(members.values()) for i in range(len(rows))],
+                                  device=self.columns.device)
+
+    def update(self, key, value, layer, *_, **__):
+        """Store a layer's new keys and values (rows, kv_heads, columns, head_dim); returns what its attention is called with."""
+        if self.column is None:  # prefill
+            self.cache[layer] = key, value
+            return key, value
+        for cache, new in zip(self.cache[layer], (key, value)):
+            cache.index_copy_(2, self.column, new)
+        return self, layer
+
+    def get_seq_length(self, *_):
+        return 0  # transformers asks in order to make masks and positions, which we pass
+
+    def forward(self, ids, position, columns):
+        """Logits (rows, vocabulary) after the last of the tokens `ids` (rows, new), which stand at `columns` (new,)."""
+        distance = columns[:, None] - self.columns[:self.width + self.visible]
+        mask = attention_masks(self.model, self.real[:, None, :self.width + self.visible] & (distance >= 0), distance)
+        return self.model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=self, use_cache=True,
+                          logits_to_keep=1).logits[:, -1]
+
+    def draw(self, logits):
+        """Choose the next token of every row by its logits (rows, vocabulary). Nothing waits for the device."""
+        self.column += 1
+        self.position += 1
+        if self.temperature > 0:  # the first token up to which the probabilities add up to more than a random number (drawn ahead, between 0 and 1)
+            sums = torch.softmax(logits.float() / self.temperature, -1).cumsum(-1)
+            token = torch.searchsorted(sums, self.random.index_select(1, self.column) * sums[:, -1:], right=True)
+        else:
+            token = logits.argmax(-1, keepdim=True)
+        self.token.copy_(token.masked_fill(self.finished, self.pad_id))
+        self.output.index_copy_(1, self.column, self.token)
+        self.finished |= (self.token == self.stop_ids).any(-1, keepdim=True)
+
+    def step(self):
+        """Run the model on every row's last token, and draw the next."""
+        config = self.model.config.get_text_config()
+        usual, config._attn_implementation = config._attn_implementation, "spct_decode"
+        try:
+            self.draw(self.forward(self.token, self.position, self.width + self.column))
+        finally:
+            config._attn_implementation = usual
+
+    def advance(self):
+        """Take a step; on CUDA by a graph, but for the first of a shape: it loads kernels and makes workspaces, which a capture may not."""
+        shape = len(self.token), self.visible
+        if self.graphs and shape == self.warm != self.captured:
+            try:  # the last graph stays until there is a new one: it holds the pool
+                self.replay, self.captured = capture(self.step, self.pool), shape
+            except RuntimeError as error:
+                why = error.__context__ or error  # ending a broken capture fails, too
+                if isinstance(why, torch.OutOfMemoryError):
+                    raise why
+                self.graphs, self.model.no_graphs = False, True
+                print(f"sampling goes on without CUDA graphs, more slowly: a step cannot be captured ({str(why).splitlines()[0]})")
+        self.warm = shape
+        self.replay() if self.graphs and shape == self.captured else self.step()
+
+    def keep(self, rows: list[int]):
+        """Drop all other rows."""
+        groups, self.groups = list(dict.fromkeys(self.groups)), [self.groups[row] for row in rows]
+        left = torch.tensor([groups.index(group) for group in dict.fromkeys(self.groups)], device=self.columns.device)
+        rows = torch.tensor(rows, device=self.columns.device)
+        for layer in self.cache:
+            if len(left) < len(groups):
+                self.prompt_cache[layer] = [cache[left] for cache in self.prompt_cache[layer]]
+            for cache in self.cache[layer]:
+                cache[:len(rows), :, :self.visible] = cache[rows, :, :self.visible]
+            self.cache[layer] = [cache[:len(rows)] for cache in self.cache[layer]]
+        for name in ("real", "position", "token", "output", "finished", "random"):
+            setattr(self, name, getattr(self, name)[rows])
+        self.seat()
+
+
+def attention_masks(model, seen: torch.Tensor, distance: torch.Tensor):
+    """What is added to attention's logits: 0 where a query sees a key, the lowest number elsewhere; for Gemma 2 and 3 also that of sliding layers.
+
+    seen: (rows, queries, keys), true where a key may be looked at. distance: how many positions a query stands after a key, of a shape like it.
+    """
+    config, lowest = model.config.get_text_config(), torch.finfo(model.dtype).min
+    mask = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill(~seen, lowest)
+    if getattr(config, "layer_types", None) is None:
+        return mask[:, None]
+    sliding = mask.masked_fill(distance >= config.sliding_window, lowest) if getattr(config, "sliding_window", None) else mask
+    return {"full_attention": mask[:, None], "sliding_attention": sliding[:, None]}
+
+
+def attend(module, query, decoder, layer, mask, scaling, softcap=None, s_aux=None, **_):
+    """Attention of a decode step, where memory is what takes the time: the samples of a prompt look at one copy of its keys and values together,
+    and what several heads share is not repeated for each.
+
+    Args: query: (rows, heads, 1, head_dim). decoder, layer: what Decoder.update gave in the place of keys and values. mask: (rows, 1, 1, columns),
+    the prompt's before the row's own. Returns (rows, 1, heads, head_dim), as transformers wants it. Raises ModelError for an unknown kind.
+    """
+    if s_aux is not None:
+        raise ModelError("this model's attention has sinks, which the sampler does not know")
+    (prompt_keys, prompt_values), size = decoder.prompt_cache[layer], decoder.table.shape[1]
+    keys, values = (cache[:, :, :decoder.visible] for cache in decoder.cache[layer])
+
+    def grouped(x):  # (rows, key heads, heads of each, ...) to (groups, key heads, size x heads of each, ...)
+        return x[decoder.table].transpose(1, 2).flatten(2, 3)
+
+    def ungrouped(x):
+        return x.unflatten(2, (size, -1)).transpose(1, 2).flatten(0, 1)[decoder.slots]
+
+    query = query[:, :, 0].unflatten(1, (keys.shape[1], -1))
+    scores = torch.cat([ungrouped(grouped(query) @ prompt_keys.mT), query @ keys.mT], -1).float() * scaling
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores  # Gemma 2
+    seen, own = torch.softmax(scores + mask, -1).to(query.dtype).split([prompt_keys.shape[2], keys.shape[2]], -1)
+    return (ungrouped(grouped(seen) @ prompt_values) + own @ values).flatten(1, 2)[:, None], None
+
+
+def capture(step, pool):
+    """Record what `step` does to the GPU as a CUDA graph, without doing it; returns a function that does it.
+
+    A step is hundreds of small kernels, and Python takes longer to launch them than the GPU to run them; a graph is launched at once. It works
+    on the same addresses each time and takes nothing from the CPU. Raises RuntimeError if `step` waits for the device, as layers in int8 do.
+    """
+    graph, usual = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # whatever other threads, such as NCCL's, do meanwhile
+            step()
+    finally:
+        torch.cuda.set_stream(usual)  # a capture that fails leaves its own stream behind
+    return graph.replay
+
+
+class ModelError(RuntimeError):
+    """A model that cannot be loaded or does not fit; the message says what to do."""
+
+
+def telling(load):
+    """Makes `load`, which returns a model and its tokenizer, raise nothing but ModelErrors of one line; and one for what transformers loads without
+    a word though it cannot judge: an encoder, a classifier such as a meta RM, a model whose tokenizer did not arrive."""
+    @functools.wraps(load)
+    def loaded(name: str | Path, *rest, **options):
+        try:
+            model, tokenizer = load(name, *rest, **options)
+        except Exception as error:  # a damaged file fails in more ways than one can list
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = reason if isinstance(error, ModelError) else f"cannot load the model {name}: {type(error).__name__}: {reason}"
+            hint = "; safetensors alone are read, and all of them must be there, whole: if a download or copy was cut off, start it again"
+            raise ModelError(reason + hint * ("safetensors" in reason.lower() or isinstance(error, SafetensorError))) from None
+        kind = (getattr(model.config, "architectures", None) or [""])[0]
+        if getattr(model.config, "is_decoder", True) is False or "Classification" in kind:
+            raise ModelError(f"{name} is no causal language model but an encoder or a classifier ({kind}), which cannot write; choose another")
+        if "Scores" not in tokenizer.decode(tokenizer("Scores")["input_ids"]):
+            raise ModelError(f"{name}: its tokenizer knows no words; if a download or copy was cut off (tokenizer.json), start it again")
+        return model, tokenizer
+    return loaded
+
+
+@telling
+def load_model(name: str | Path, quantize: str = "none"):
+    """Load a causal language model and its tokenizer; bfloat16 on CUDA, float32 on the CPU; safetensors only, no remote code.
+
+    Args:
+        name: a folder, a Hub name, a GGUF file (converted once, kept in ~/.cache/spct), or a folder with a LoRA adapter in PEFT's format.
+        quantize: "nf4" (4 bits, double quantization: about 0.55 bytes a weight), "int8", or "none". Embeddings stay as they are.
+    Raises ModelError with what to do: log in for a gated model, pick another quantization, install a package. Says what a large one takes.
+    """
+    name = str(name)
+    adapter = Path(name, "adapter_config.json")
+    if adapter.exists():
+        config = json.loads(adapter.read_text())
+        if config.get("use_rslora") or config.get("use_dora") or not isinstance(config["target_modules"], list):
+            raise ModelError(f"{name}: only plain LoRA with a list of target_modules can be read; merge the adapter into its base with peft")
+        model, tokenizer = load_model(config["base_model_name_or_path"], quantize)
+        add_lora(model, config["target_modules"], config["r"], config["lora_alpha"])
+        from safetensors.torch import load_file
+        weights = load_file(Path(name, "adapter_model.safetensors"))
+        weights = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
+        _, unknown = model.load_state_dict(weights, strict=False)
+        if unknown or not weights:
+            raise ModelError(f"{name}: the adapter does not fit its base model {config['base_model_name_or_path']}: {unknown[:1]}")
+        return model, tokenizer
+    cuda = torch.cuda.is_available()
+    device, dtype = (f"cuda:{torch.cuda.current_device()}", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    config = {"none": None, "int8": BitsAndBytesConfig(load_in_8bit=True),
+              "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
+    try:
+        if name.endswith(".gguf"):
+            name = convert_gguf(Path(name))
+        check_memory(name, AutoConfig.from_pretrained(name, trust_remote_code=False), quantize, dtype, torch.device(device))
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, quantization_config=config[quantize], use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            device_map={"": device} if quantize != "none" else None)
+        if loaded["missing_keys"]:  # transformers would go on with random ones
+            raise ModelError(f"{name} lacks {len(loaded['missing_keys'])} weights, {min(loaded['missing_keys'])} among them: copy it again")
+        model = model.to(device) if quantize == "none" else model
+    except (OSError, ValueError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        if "gated" in str(error).lower():
+            raise ModelError(f"{name} is gated: accept its terms on its page of the Hub, then run `hf auth login`") from None
+        raise ModelError(f"cannot load the model {name}: {first}") from None
+    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+        if "memory" not in str(error) or isinstance(error, ModelError):
+            raise
+        raise ModelError(f"not enough memory on {device} for {name}: try --quantize nf4 (a quarter of bfloat16) or a smaller model") from None
+    for module in model.modules():  # on some CPUs, sampling would repack 4-bit weights into a form that has no gradient
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+    return model.eval(), tokenizer
+
+
+class LoRA(torch.nn.Module):
+    """A linear layer with a low-rank correction: y = base(x) + alpha / r * B(A(x)). base may be quantized; A is (r, in), B is (out, r)."""
+
+    def __init__(self, base: torch.nn.Module, r: int, alpha: float):
+        super().__init__()
+        self.base, self.scaling = base, alpha / r
+        self.lora_A = torch.nn.Linear(base.in_features, r, bias=False, device=base.weight.device, dtype=torch.float32)
+        self.lora_B = torch.nn.Linear(r, base.out_features, bias=False, device=base.weight.device, dtype=torch.float32)
+        torch.nn.init.zeros_(self.lora_B.weight)  # starts as the base alone
+
+    def forward(self, x):
+        return self.base(x) + (self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))) * self.scaling).to(x.dtype)
+
+
+def add_lora(model, targets: list[str], r: int, alpha: float) -> None:
+    """Wrap every linear layer whose name ends in one of `targets` ("q_proj", ...), but for those that see images, and freeze the rest."""
+    model.requires_grad_(False)
+    for name, module in list(model.named_modules()):
+        if name.split(".")[-1] in targets and "vision" not in name:
+            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], LoRA(module, r, alpha))
+
+
+def bytes_of_token(config, itemsize: int) -> int:
+    """Bytes of a token's keys and values in all layers. Sliding-window layers keep every token, too."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_dim * itemsize
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes of a GPU, with those that torch holds unused, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available
+
+
+def rows_that_fit(model, columns: int) -> int:
+    """How many rows of `columns` tokens half of the free memory holds: keys and values, and a few copies of a row's logits."""
+    config = model.config.get_text_config()
+    row = columns * bytes_of_token(config, model.dtype.itemsize) + 16 * config.vocab_size
+    return max(1, min(1024 if model.device.type == "cuda" else 256, free_memory(model.device) // 2 // row))
+
+
+def memory_plan(config, quantize: str = "none", dtype: torch.dtype = torch.bfloat16, rows: int = 1, columns: int = 2048,
+                r: int = 16) -> dict[str, int]:
+    """What a model of this configuration will take, in bytes by name; no weight is loaded or made.
+
+    Args: rows, columns: of the cache, in tokens; r: rank of the adapters that are trained, on all linear layers; 0: all weights are.
+    Returns weights; cache: keys and values; logits: what drawing a token holds; adapters, gradients, optimizer (Adam): of training, in float32.
+    """
+    with torch.device("meta"):  # tensors with a shape and no content
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()]
+    inside, total = sum(layer.weight.numel() for layer in linears), sum(p.numel() for p in model.parameters())
+    # nf4 scales each 64 weights by a byte, and each 256 of those bytes by a float; int8 has a float for each output
+    packed = {"none": inside * dtype.itemsize, "int8": inside + 4 * sum(layer.out_features for layer in linears),
+              "nf4": inside // 2 + inside // 64 + inside // 64 // 256 * 4}[quantize]
+    adapters = r * sum(layer.in_features + layer.out_features for layer in linears)
+    trained, config = 4 * (adapters or total), config.get_text_config()
+    return {"weights": packed + (total - inside) * dtype.itemsize, "cache": rows * columns * bytes_of_token(config, dtype.itemsize),
+            "logits": rows * 16 * config.vocab_size, "adapters": 4 * adapters, "gradients": trained, "optimizer": 2 * trained}
+
+
+def check_memory(name: str, config, quantize: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Print the plan of a model of more than 2 GB. Raises ModelError, with the numbers and what to do, if its weights do not fit."""
+    if getattr(config, "quantization_config", None):  # already packed, in ways that we do not know
+        return
+    (plan, small), free = (memory_plan(config, kind, dtype) for kind in (quantize, "nf4")), free_memory(device)
+    if plan["weights"] > free:
+        advice = (f"--quantize nf4 would take {small['weights'] / 1e9:.3g} GB" if small["weights"] < free and quantize != "nf4" else
+                  f"even --quantize nf4 takes {small['weights'] / 1e9:.3g} GB: choose a smaller model")
+        raise ModelError(f"{name} does not fit: its weights ({quantize}) take {plan['weights'] / 1e9:.3g} GB and {free / 1e9:.3g} GB of memory are "
+                         f"free on {device}; {advice}")
+    if plan["weights"] > 2e9:
+        training = plan["adapters"] + plan["gradients"] + plan["optimizer"]
+        print(f"{name}: the weights ({quantize}) take {plan['weights'] / 1e9:.3g} GB of {free / 1e9:.3g} GB that are free on {device}; "
+              f"2048 tokens of a sample {plan['cache'] / 1e9:.3g} GB, training adapters of rank 16 {training / 1e9:.3g} GB and its activations")
+
+
+@contextlib.contextmanager
+def writing(path: str | Path):
+    """Within it, what the system refuses (no space, no permission, no folder) becomes a DataError that says where, and what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own for it
+        reason = getattr(error, "strerror", None) or f"{str(error).splitlines()[0]} (is the disk full?)"
+        raise DataError(f"cannot write {path}: {reason}; make room or choose another place; training goes on with --resume") from None
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------------

@@ -61,28 +61,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 HERE = Path(__file__).resolve().parent
 
 
-def fingerprint(model: str) -> list:
-    """What tells a model's weights from others without reading them: the names, sizes and times of its files; a Hub name stands for itself."""
-    path = Path(model)
-    if not path.exists():
-        return [model]
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    adapter = path / "adapter_config.json"
-    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else None
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files] + (fingerprint(base) if base else [])
-
-
-def read_trajectories(path: str | Path) -> list[Trajectory]:
-    """Read a file of trajectories, but not a last line that was cut off in writing. Raises DataError that starts with "path:line:"."""
-    trajectories = []
-    for number, line in enumerate(read_lines(path)[:-1], 1):
-        try:
-            trajectories.append(Trajectory(**parse_json(line)))
-        except (TypeError, DataError):
-            raise DataError(f"{path}:{number}: not a sampled judgement; delete the file, and it will be sampled again") from None
-    return trajectories
-
-
 def judge_items(kind: str, name: str, load: Callable, items: list[Preference], args, out: Path, at_once: int = 1024) -> tuple[list[Trajectory], dict]:
     """Judgements of every item, item after item, by the model `name`, which `load()` loads if something is left to sample.
 
@@ -249,6 +227,85 @@ def scaling(items: list[Preference], greedy: list[Trajectory], samples: list[Tra
     return result
 
 
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    option = parser.add_argument
+    option("--model", action="append", help="folder, Hub name, GGUF file or LoRA folder; repeat it to compare several; by default what step 3 "
+           "or else step 2 left in runs/, or the embedded judge")
+    option("--quantize", choices=["none", "int8", "nf4"], default="none", help="hold the weights in 8 or 4 bits")
+    option("--data", default=str(HERE / "tests/tiny/eval.jsonl"), help="preferences to judge, JSON Lines")
+    option("--limit", type=int, default=300, help="use the first so many items of --data")
+    option("--k", type=int, default=32, help="samples an item; figures are for 1, 2, 4, ... and so many")
+    option("--temperature", type=float, default=0.5, help="of the samples; greedy is measured beside them")
+    option("--max-new-tokens", type=int, default=512, help="longest judgement, in tokens")
+    option("--batch-size", type=int, help="rows sampled together; by default what memory holds")
+    option("--html", action="store_true", help="write a page that shows how votes of the first --model were decided")
+    option("--seed", type=int, default=0, help="of the orders and the samples")
+    option("--out", default="runs/04_voting", help="folder for everything that is written; samples in it are used again")
+    args = parser.parse_args()
+    for wrong, message in ((min(args.limit, args.k, args.max_new_tokens) < 1, "--limit, --k and --max-new-tokens must be at least 1"),
+                           (args.batch_size is not None and args.batch_size < 1, "--batch-size must be at least 1"),
+                           (not 0 <= args.temperature < math.inf, "--temperature must be a number from 0")):
+        if wrong:
+            parser.error(message)
+
+    join_ranks()
+    items, out, start, results = load_lines(args.data)[:args.limit], Path(args.out), time.time(), {}
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    if not args.model:
+        trained = [folder for folder in ("runs/03_grpo/model", "runs/02_rejective_ft/model") if Path(folder).exists()]
+        args.model = [*trained, os.path.relpath(HERE / "tests/tiny/judge")][:1]
+    print(f"{' and '.join(args.model)}: {args.k} samples of each of the first {len(items)} items of {args.data}")
+    for name in dict.fromkeys(args.model):
+        load = functools.cache(lambda: load_model(name, args.quantize))
+        try:
+            greedy, _ = judge_items("greedy", name, load, items, args, out)
+            samples, facts = judge_items("samples", name, load, items, args, out)
+        except KeyboardInterrupt:
+            sys.exit(f"\ninterrupted; go on with: {shlex.join(['python', *sys.argv])}")
+        results[name] = scaling(items, greedy, samples, args.k) | {"tokens": facts["tokens"], "parameters": facts["parameters"]}
+        print(table_of_votes(name, results[name]))
+        if args.html and len(results) == 1:
+            put(out / "votes.html", lambda aside: aside.write_text(page(name, items, samples, args.k), encoding="utf-8"))
+    if len(results) > 1:
+        print(f"\nsum, percent [95% interval]\n  {'':<10}" + "".join(f"{name[-28:]:>30}" for name in results))
+        for row, k in enumerate(row["k"] for row in next(iter(results.values()))["curve"]):
+            print(f"  {'k = ' + str(k):<10}" + "".join(f"{percent(result['curve'][row]['sum']['accuracy']):>30}" for result in results.values()))
+    put(out / "voting.png", lambda aside: plot_votes(results, aside))
+    figures = {"models": results, "settings": vars(args), "seconds": time.time() - start,
+               "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+    figures = json.loads(json.dumps(figures), parse_constant=lambda _: None)  # JSON has no NaN
+    put(out / "results.json", lambda aside: aside.write_text(json.dumps(figures, indent=1) + "\n"))
+    print(f"\n{figures['seconds']:.0f} s. Everything is in {out}/: results.json, voting.png, the samples" + ", votes.html" * args.html)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------------
+# How the votes are shown and samples kept apart: the table, the plot, the page.
+# ------------------------------------------------------------------------------------------------------------------------------------------
+
+def fingerprint(model: str) -> list:
+    """What tells a model's weights from others without reading them: the names, sizes and times of its files; a Hub name stands for itself."""
+    path = Path(model)
+    if not path.exists():
+        return [model]
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    adapter = path / "adapter_config.json"
+    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else None
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files] + (fingerprint(base) if base else [])
+
+
+def read_trajectories(path: str | Path) -> list[Trajectory]:
+    """Read a file of trajectories, but not a last line that was cut off in writing. Raises DataError that starts with "path:line:"."""
+    trajectories = []
+    for number, line in enumerate(read_lines(path)[:-1], 1):
+        try:
+            trajectories.append(Trajectory(**parse_json(line)))
+        except (TypeError, DataError):
+            raise DataError(f"{path}:{number}: not a sampled judgement; delete the file, and it will be sampled again") from None
+    return trajectories
+
+
 def percent(figure: list[float], sign: str = "") -> str:
     """A figure with its interval: "75.0 [72.1, 77.9]"; nothing if it is not a number."""
     mean, low, high = (100 * value for value in figure)
@@ -381,94 +438,12 @@ def story(title: str, item: Preference, samples: list[Trajectory], scores: torch
     return text + "</table></section>\n"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    option = parser.add_argument
-    option("--model", action="append", help="folder, Hub name, GGUF file or LoRA folder; repeat it to compare several; by default what step 3 "
-           "or else step 2 left in runs/, or the embedded judge")
-    option("--quantize", choices=["none", "int8", "nf4"], default="none", help="hold the weights in 8 or 4 bits")
-    option("--data", default=str(HERE / "tests/tiny/eval.jsonl"), help="preferences to judge, JSON Lines")
-    option("--limit", type=int, default=300, help="use the first so many items of --data")
-    option("--k", type=int, default=32, help="samples an item; figures are for 1, 2, 4, ... and so many")
-    option("--temperature", type=float, default=0.5, help="of the samples; greedy is measured beside them")
-    option("--max-new-tokens", type=int, default=512, help="longest judgement, in tokens")
-    option("--batch-size", type=int, help="rows sampled together; by default what memory holds")
-    option("--html", action="store_true", help="write a page that shows how votes of the first --model were decided")
-    option("--seed", type=int, default=0, help="of the orders and the samples")
-    option("--out", default="runs/04_voting", help="folder for everything that is written; samples in it are used again")
-    args = parser.parse_args()
-    for wrong, message in ((min(args.limit, args.k, args.max_new_tokens) < 1, "--limit, --k and --max-new-tokens must be at least 1"),
-                           (args.batch_size is not None and args.batch_size < 1, "--batch-size must be at least 1"),
-                           (not 0 <= args.temperature < math.inf, "--temperature must be a number from 0")):
-        if wrong:
-            parser.error(message)
-
-    join_ranks()
-    items, out, start, results = load_lines(args.data)[:args.limit], Path(args.out), time.time(), {}
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    if not args.model:
-        trained = [folder for folder in ("runs/03_grpo/model", "runs/02_rejective_ft/model") if Path(folder).exists()]
-        args.model = [*trained, os.path.relpath(HERE / "tests/tiny/judge")][:1]
-    print(f"{' and '.join(args.model)}: {args.k} samples of each of the first {len(items)} items of {args.data}")
-    for name in dict.fromkeys(args.model):
-        load = functools.cache(lambda: load_model(name, args.quantize))
-        try:
-            greedy, _ = judge_items("greedy", name, load, items, args, out)
-            samples, facts = judge_items("samples", name, load, items, args, out)
-        except KeyboardInterrupt:
-            sys.exit(f"\ninterrupted; go on with: {shlex.join(['python', *sys.argv])}")
-        results[name] = scaling(items, greedy, samples, args.k) | {"tokens": facts["tokens"], "parameters": facts["parameters"]}
-        print(table_of_votes(name, results[name]))
-        if args.html and len(results) == 1:
-            put(out / "votes.html", lambda aside: aside.write_text(page(name, items, samples, args.k), encoding="utf-8"))
-    if len(results) > 1:
-        print(f"\nsum, percent [95% interval]\n  {'':<10}" + "".join(f"{name[-28:]:>30}" for name in results))
-        for row, k in enumerate(row["k"] for row in next(iter(results.values()))["curve"]):
-            print(f"  {'k = ' + str(k):<10}" + "".join(f"{percent(result['curve'][row]['sum']['accuracy']):>30}" for result in results.values()))
-    put(out / "voting.png", lambda aside: plot_votes(results, aside))
-    figures = {"models": results, "settings": vars(args), "seconds": time.time() - start,
-               "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
-    figures = json.loads(json.dumps(figures), parse_constant=lambda _: None)  # JSON has no NaN
-    put(out / "results.json", lambda aside: aside.write_text(json.dumps(figures, indent=1) + "\n"))
-    print(f"\n{figures['seconds']:.0f} s. Everything is in {out}/: results.json, voting.png, the samples" + ", votes.html" * args.html)
-
-
 # ------------------------------------------------------------------------------------------------------------------------------------------
 # Below: what steps 1 and 2 brought, unchanged.
 # ------------------------------------------------------------------------------------------------------------------------------------------
 
 class DataError(ValueError):
     """A preference record or file that cannot be used; the message names the file, the line and what to do."""
-
-
-class ModelError(RuntimeError):
-    """A model that cannot be loaded or does not fit; the message says what to do."""
-
-
-@contextlib.contextmanager
-def writing(path: str | Path):
-    """Within it, what the system refuses (no space, no permission, no folder) becomes a DataError that says where, and what to do."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own for it
-        reason = getattr(error, "strerror", None) or f"{str(error).splitlines()[0]} (is the disk full?)"
-        raise DataError(f"cannot write {path}: {reason}; make room or choose another place; training goes on with --resume") from None
-
-
-# `torchrun --nproc-per-node N` starts N processes, one per GPU, and tells each its rank; alone we are rank 0 of 1.
-RANK = int(os.environ.get("RANK", 0))
-RANKS = int(os.environ.get("WORLD_SIZE", 1))
-
-
-def join_ranks() -> None:
-    """Connect to the other ranks, if there are any. All of them run the same script on shares of the same work; rank 0 alone prints and writes."""
-    if RANKS > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        atexit.register(torch.distributed.destroy_process_group)
-        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
 
 
 @dataclass
@@ -609,6 +584,37 @@ def read_judgement(text: str, n: int, binary: bool = False) -> Judgement:
     return Judgement(principles, critique, None, reason)
 
 
+def is_correct(scores: list[float] | None, rewards: list[float]) -> bool:
+    """Eq. 10: S_j > S_i for all i != j = argmax r; for a single response S_1 = r_1. Unreadable scores (None) are not correct."""
+    if scores is None:
+        return False
+    if len(rewards) == 1:
+        return scores[0] == rewards[0]
+    best = rewards.index(max(rewards))
+    return all(scores[best] > score for i, score in enumerate(scores) if i != best)
+
+
+def chance_of_best(scores: list[float] | None, rewards: list[float]) -> float:
+    """Chance that the argmax of scores, ties broken by a fair coin, is the best of n >= 2 responses; unreadable scores tie all."""
+    scores = [0] * len(rewards) if scores is None else scores
+    return float(scores[rewards.index(max(rewards))] == max(scores)) / scores.count(max(scores))
+
+
+# `torchrun --nproc-per-node N` starts N processes, one per GPU, and tells each its rank; alone we are rank 0 of 1.
+RANK = int(os.environ.get("RANK", 0))
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_ranks() -> None:
+    """Connect to the other ranks, if there are any. All of them run the same script on shares of the same work; rank 0 alone prints and writes."""
+    if RANKS > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(torch.distributed.destroy_process_group)
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+
+
 @dataclass
 class Sample:
     """A completion: its token ids (with the end token, if it came) and its text without special tokens."""
@@ -616,57 +622,86 @@ class Sample:
     text: str
 
 
-def attention_masks(model, seen: torch.Tensor, distance: torch.Tensor):
-    """What is added to attention's logits: 0 where a query sees a key, the lowest number elsewhere; for Gemma 2 and 3 also that of sliding layers.
+@torch.no_grad()
+def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: float = 1.0, max_new_tokens: int = 512,
+           batch_size: int | None = None, seed: int = 0, stop: str | None = None, progress: bool = True) -> list[list[Sample]]:
+    """Draw n completions of every prompt.
 
-    seen: (rows, queries, keys), true where a key may be looked at. distance: how many positions a query stands after a key, of a shape like it.
+    Args:
+        prompts: token ids, as from `encode`; equal prompts are prefilled once. temperature: 0 is greedy. max_new_tokens: at most so many.
+        batch_size: rows decoded together (default: what free memory holds); halved when memory runs out, and what is done stays done.
+        stop: cut a completion off before this text. seed: the same arguments draw the same samples. progress: show a bar.
+    Ranks deal the distinct prompts out among themselves, and each gets all samples.
+    Returns n samples for each prompt, in the order of `prompts`. Raises ModelError if not even one row fits into memory.
     """
-    config, lowest = model.config.get_text_config(), torch.finfo(model.dtype).min
-    mask = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill(~seen, lowest)
-    if getattr(config, "layer_types", None) is None:
-        return mask[:, None]
-    sliding = mask.masked_fill(distance >= config.sliding_window, lowest) if getattr(config, "sliding_window", None) else mask
-    return {"full_attention": mask[:, None], "sliding_attention": sliding[:, None]}
+    model.eval()
+    end = model.generation_config.eos_token_id
+    stop_ids = sorted({*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id} - {None})
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
+    generator = torch.Generator(model.device).manual_seed(seed + 10**9 * RANK)
+    # Longest first: neighbours in a batch need little padding, and memory runs out at once or never.
+    queue = [(tuple(prompt), slot) for slot, prompt in enumerate(prompt for prompt in prompts for _ in range(n))]
+    queue.sort(key=lambda entry: (-len(entry[0]), entry))
+    samples, tokens, start = [None] * len(queue), 0, time.time()
+    dealt = {prompt: number % RANKS for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in queue))}
+    queue = [entry for entry in queue if dealt[entry[0]] == RANK]
+    bucket = 64 if model.device.type == "cuda" else 16  # columns by which a row's visible ones grow: a graph lasts longer, or nothing is seen in vain
+    with tqdm(total=len(queue), desc="sampling", unit=" samples", disable=not progress or RANK > 0) as bar:
+        while queue:
+            batch = queue[:batch_size or rows_that_fit(model, -(-len(queue[0][0]) // n) + max_new_tokens)]
+            try:
+                distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in batch))}
+                decoder = Decoder(model, list(distinct), [distinct[prompt] for prompt, _ in batch], temperature, max_new_tokens, stop_ids, pad_id,
+                                  generator)
+                slots, count = [slot for _, slot in batch], 1
+                while slots:
+                    steps = min(16, max_new_tokens - count)
+                    count += steps
+                    decoder.visible = min(max_new_tokens, -(-(count - 1) // bucket) * bucket)
+                    for _ in range(steps):
+                        decoder.advance()
+                    finished, outputs = decoder.finished[:, 0].tolist(), decoder.output[:, :count].tolist()  # the one look at the device
+                    if stop:
+                        finished = [over or stop in tokenizer.decode(ids) for over, ids in zip(finished, outputs)]
+                    if count == max_new_tokens:
+                        finished = [True] * len(slots)
+                    if 4 * sum(finished) < len(slots):  # moving the rows costs a copy: not for a few
+                        continue
+                    for slot, ids, over in zip(slots, outputs, finished):
+                        if over:
+                            samples[slot] = finish(tokenizer, ids, stop_ids, stop)
+                            tokens += len(samples[slot].ids)
+                    bar.update(sum(finished))
+                    bar.set_postfix_str(f"{tokens / (time.time() - start):,.0f} tokens/s")
+                    alive = [row for row, over in enumerate(finished) if not over]
+                    slots = [slots[row] for row in alive]
+                    if slots:
+                        decoder.keep(alive)
+            except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what the CPU's allocator raises
+                if "memory" not in str(error):
+                    raise
+                if len(batch) == 1:
+                    raise ModelError(f"not enough memory for one row of {len(batch[0][0]) + max_new_tokens} tokens: shorten --max-new-tokens, "
+                                     "or load the model with --quantize nf4") from None
+                batch_size = len(batch) // 2
+                bar.write(f"out of memory with {len(batch)} rows; going on with {batch_size}")
+            decoder = None  # its buffers are free before the next ones are made
+            queue = [entry for entry in queue if samples[entry[1]] is None]
+    if RANKS > 1:
+        torch.distributed.all_gather_object(parts := [None] * RANKS, samples)
+        samples = [next(filter(None, of_slot)) for of_slot in zip(*parts)]
+    return [samples[i:i + n] for i in range(0, len(samples), n)]
 
 
-def attend(module, query, decoder, layer, mask, scaling, softcap=None, s_aux=None, **_):
-    """Attention of a decode step, where memory is what takes the time: the samples of a prompt look at one copy of its keys and values together,
-    and what several heads share is not repeated for each.
-
-    Args: query: (rows, heads, 1, head_dim). decoder, layer: what Decoder.update gave in the place of keys and values. mask: (rows, 1, 1, columns),
-    the prompt's before the row's own. Returns (rows, 1, heads, head_dim), as transformers wants it. Raises ModelError for an unknown kind.
-    """
-    if s_aux is not None:
-        raise ModelError("this model's attention has sinks, which the sampler does not know")
-    (prompt_keys, prompt_values), size = decoder.prompt_cache[layer], decoder.table.shape[1]
-    keys, values = (cache[:, :, :decoder.visible] for cache in decoder.cache[layer])
-
-    def grouped(x):  # (rows, key heads, heads of each, ...) to (groups, key heads, size x heads of each, ...)
-        return x[decoder.table].transpose(1, 2).flatten(2, 3)
-
-    def ungrouped(x):
-        return x.unflatten(2, (size, -1)).transpose(1, 2).flatten(0, 1)[decoder.slots]
-
-    query = query[:, :, 0].unflatten(1, (keys.shape[1], -1))
-    scores = torch.cat([ungrouped(grouped(query) @ prompt_keys.mT), query @ keys.mT], -1).float() * scaling
-    scores = softcap * torch.tanh(scores / softcap) if softcap else scores  # Gemma 2
-    seen, own = torch.softmax(scores + mask, -1).to(query.dtype).split([prompt_keys.shape[2], keys.shape[2]], -1)
-    return (ungrouped(grouped(seen) @ prompt_values) + own @ values).flatten(1, 2)[:, None], None
-
-
-def capture(step, pool):
-    """Record what `step` does to the GPU as a CUDA graph, without doing it; returns a function that does it.
-
-    A step is hundreds of small kernels, and Python takes longer to launch them than the GPU to run them; a graph is launched at once. It works
-    on the same addresses each time and takes nothing from the CPU. Raises RuntimeError if `step` waits for the device, as layers in int8 do.
-    """
-    graph, usual = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    try:
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # whatever other threads, such as NCCL's, do meanwhile
-            step()
-    finally:
-        torch.cuda.set_stream(usual)  # a capture that fails leaves its own stream behind
-    return graph.replay
+def finish(tokenizer, ids: list[int], stop_ids: list[int], stop: str | None) -> Sample:
+    """Cut a row of output after its end token, and before the text `stop`."""
+    end = next((i + 1 for i, token in enumerate(ids) if token in stop_ids), len(ids))
+    text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+    if stop and stop in text:
+        text = text[:text.index(stop)]
+        while stop in tokenizer.decode(ids[:end - 1], skip_special_tokens=True):
+            end -= 1
+    return Sample(ids[:end], text)
 
 
 class Decoder:
@@ -798,165 +833,61 @@ class Decoder:
         self.seat()
 
 
-@torch.no_grad()
-def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: float = 1.0, max_new_tokens: int = 512,
-           batch_size: int | None = None, seed: int = 0, stop: str | None = None, progress: bool = True) -> list[list[Sample]]:
-    """Draw n completions of every prompt.
+def attention_masks(model, seen: torch.Tensor, distance: torch.Tensor):
+    """What is added to attention's logits: 0 where a query sees a key, the lowest number elsewhere; for Gemma 2 and 3 also that of sliding layers.
 
-    Args:
-        prompts: token ids, as from `encode`; equal prompts are prefilled once. temperature: 0 is greedy. max_new_tokens: at most so many.
-        batch_size: rows decoded together (default: what free memory holds); halved when memory runs out, and what is done stays done.
-        stop: cut a completion off before this text. seed: the same arguments draw the same samples. progress: show a bar.
-    Ranks deal the distinct prompts out among themselves, and each gets all samples.
-    Returns n samples for each prompt, in the order of `prompts`. Raises ModelError if not even one row fits into memory.
+    seen: (rows, queries, keys), true where a key may be looked at. distance: how many positions a query stands after a key, of a shape like it.
     """
-    model.eval()
-    end = model.generation_config.eos_token_id
-    stop_ids = sorted({*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id} - {None})
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
-    generator = torch.Generator(model.device).manual_seed(seed + 10**9 * RANK)
-    # Longest first: neighbours in a batch need little padding, and memory runs out at once or never.
-    queue = [(tuple(prompt), slot) for slot, prompt in enumerate(prompt for prompt in prompts for _ in range(n))]
-    queue.sort(key=lambda entry: (-len(entry[0]), entry))
-    samples, tokens, start = [None] * len(queue), 0, time.time()
-    dealt = {prompt: number % RANKS for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in queue))}
-    queue = [entry for entry in queue if dealt[entry[0]] == RANK]
-    bucket = 64 if model.device.type == "cuda" else 16  # columns by which a row's visible ones grow: a graph lasts longer, or nothing is seen in vain
-    with tqdm(total=len(queue), desc="sampling", unit=" samples", disable=not progress or RANK > 0) as bar:
-        while queue:
-            batch = queue[:batch_size or rows_that_fit(model, -(-len(queue[0][0]) // n) + max_new_tokens)]
-            try:
-                distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in batch))}
-                decoder = Decoder(model, list(distinct), [distinct[prompt] for prompt, _ in batch], temperature, max_new_tokens, stop_ids, pad_id,
-                                  generator)
-                slots, count = [slot for _, slot in batch], 1
-                while slots:
-                    steps = min(16, max_new_tokens - count)
-                    count += steps
-                    decoder.visible = min(max_new_tokens, -(-(count - 1) // bucket) * bucket)
-                    for _ in range(steps):
-                        decoder.advance()
-                    finished, outputs = decoder.finished[:, 0].tolist(), decoder.output[:, :count].tolist()  # the one look at the device
-                    if stop:
-                        finished = [over or stop in tokenizer.decode(ids) for over, ids in zip(finished, outputs)]
-                    if count == max_new_tokens:
-                        finished = [True] * len(slots)
-                    if 4 * sum(finished) < len(slots):  # moving the rows costs a copy: not for a few
-                        continue
-                    for slot, ids, over in zip(slots, outputs, finished):
-                        if over:
-                            samples[slot] = finish(tokenizer, ids, stop_ids, stop)
-                            tokens += len(samples[slot].ids)
-                    bar.update(sum(finished))
-                    bar.set_postfix_str(f"{tokens / (time.time() - start):,.0f} tokens/s")
-                    alive = [row for row, over in enumerate(finished) if not over]
-                    slots = [slots[row] for row in alive]
-                    if slots:
-                        decoder.keep(alive)
-            except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what the CPU's allocator raises
-                if "memory" not in str(error):
-                    raise
-                if len(batch) == 1:
-                    raise ModelError(f"not enough memory for one row of {len(batch[0][0]) + max_new_tokens} tokens: shorten --max-new-tokens, "
-                                     "or load the model with --quantize nf4") from None
-                batch_size = len(batch) // 2
-                bar.write(f"out of memory with {len(batch)} rows; going on with {batch_size}")
-            decoder = None  # its buffers are free before the next ones are made
-            queue = [entry for entry in queue if samples[entry[1]] is None]
-    if RANKS > 1:
-        torch.distributed.all_gather_object(parts := [None] * RANKS, samples)
-        samples = [next(filter(None, of_slot)) for of_slot in zip(*parts)]
-    return [samples[i:i + n] for i in range(0, len(samples), n)]
+    config, lowest = model.config.get_text_config(), torch.finfo(model.dtype).min
+    mask = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill(~seen, lowest)
+    if getattr(config, "layer_types", None) is None:
+        return mask[:, None]
+    sliding = mask.masked_fill(distance >= config.sliding_window, lowest) if getattr(config, "sliding_window", None) else mask
+    return {"full_attention": mask[:, None], "sliding_attention": sliding[:, None]}
 
 
-def finish(tokenizer, ids: list[int], stop_ids: list[int], stop: str | None) -> Sample:
-    """Cut a row of output after its end token, and before the text `stop`."""
-    end = next((i + 1 for i, token in enumerate(ids) if token in stop_ids), len(ids))
-    text = tokenizer.decode(ids[:end], skip_special_tokens=True)
-    if stop and stop in text:
-        text = text[:text.index(stop)]
-        while stop in tokenizer.decode(ids[:end - 1], skip_special_tokens=True):
-            end -= 1
-    return Sample(ids[:end], text)
+def attend(module, query, decoder, layer, mask, scaling, softcap=None, s_aux=None, **_):
+    """Attention of a decode step, where memory is what takes the time: the samples of a prompt look at one copy of its keys and values together,
+    and what several heads share is not repeated for each.
 
-
-def bytes_of_token(config, itemsize: int) -> int:
-    """Bytes of a token's keys and values in all layers. Sliding-window layers keep every token, too."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head_dim * itemsize
-
-
-def free_memory(device: torch.device) -> int:
-    """Free bytes of a GPU, with those that torch holds unused, or of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return psutil.virtual_memory().available
-
-
-def rows_that_fit(model, columns: int) -> int:
-    """How many rows of `columns` tokens half of the free memory holds: keys and values, and a few copies of a row's logits."""
-    config = model.config.get_text_config()
-    row = columns * bytes_of_token(config, model.dtype.itemsize) + 16 * config.vocab_size
-    return max(1, min(1024 if model.device.type == "cuda" else 256, free_memory(model.device) // 2 // row))
-
-
-def memory_plan(config, quantize: str = "none", dtype: torch.dtype = torch.bfloat16, rows: int = 1, columns: int = 2048,
-                r: int = 16) -> dict[str, int]:
-    """What a model of this configuration will take, in bytes by name; no weight is loaded or made.
-
-    Args: rows, columns: of the cache, in tokens; r: rank of the adapters that are trained, on all linear layers; 0: all weights are.
-    Returns weights; cache: keys and values; logits: what drawing a token holds; adapters, gradients, optimizer (Adam): of training, in float32.
+    Args: query: (rows, heads, 1, head_dim). decoder, layer: what Decoder.update gave in the place of keys and values. mask: (rows, 1, 1, columns),
+    the prompt's before the row's own. Returns (rows, 1, heads, head_dim), as transformers wants it. Raises ModelError for an unknown kind.
     """
-    with torch.device("meta"):  # tensors with a shape and no content
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()]
-    inside, total = sum(layer.weight.numel() for layer in linears), sum(p.numel() for p in model.parameters())
-    # nf4 scales each 64 weights by a byte, and each 256 of those bytes by a float; int8 has a float for each output
-    packed = {"none": inside * dtype.itemsize, "int8": inside + 4 * sum(layer.out_features for layer in linears),
-              "nf4": inside // 2 + inside // 64 + inside // 64 // 256 * 4}[quantize]
-    adapters = r * sum(layer.in_features + layer.out_features for layer in linears)
-    trained, config = 4 * (adapters or total), config.get_text_config()
-    return {"weights": packed + (total - inside) * dtype.itemsize, "cache": rows * columns * bytes_of_token(config, dtype.itemsize),
-            "logits": rows * 16 * config.vocab_size, "adapters": 4 * adapters, "gradients": trained, "optimizer": 2 * trained}
+    if s_aux is not None:
+        raise ModelError("this model's attention has sinks, which the sampler does not know")
+    (prompt_keys, prompt_values), size = decoder.prompt_cache[layer], decoder.table.shape[1]
+    keys, values = (cache[:, :, :decoder.visible] for cache in decoder.cache[layer])
+
+    def grouped(x):  # (rows, key heads, heads of each, ...) to (groups, key heads, size x heads of each, ...)
+        return x[decoder.table].transpose(1, 2).flatten(2, 3)
+
+    def ungrouped(x):
+        return x.unflatten(2, (size, -1)).transpose(1, 2).flatten(0, 1)[decoder.slots]
+
+    query = query[:, :, 0].unflatten(1, (keys.shape[1], -1))
+    scores = torch.cat([ungrouped(grouped(query) @ prompt_keys.mT), query @ keys.mT], -1).float() * scaling
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores  # Gemma 2
+    seen, own = torch.softmax(scores + mask, -1).to(query.dtype).split([prompt_keys.shape[2], keys.shape[2]], -1)
+    return (ungrouped(grouped(seen) @ prompt_values) + own @ values).flatten(1, 2)[:, None], None
 
 
-def check_memory(name: str, config, quantize: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Print the plan of a model of more than 2 GB. Raises ModelError, with the numbers and what to do, if its weights do not fit."""
-    if getattr(config, "quantization_config", None):  # already packed, in ways that we do not know
-        return
-    (plan, small), free = (memory_plan(config, kind, dtype) for kind in (quantize, "nf4")), free_memory(device)
-    if plan["weights"] > free:
-        advice = (f"--quantize nf4 would take {small['weights'] / 1e9:.3g} GB" if small["weights"] < free and quantize != "nf4" else
-                  f"even --quantize nf4 takes {small['weights'] / 1e9:.3g} GB: choose a smaller model")
-        raise ModelError(f"{name} does not fit: its weights ({quantize}) take {plan['weights'] / 1e9:.3g} GB and {free / 1e9:.3g} GB of memory are "
-                         f"free on {device}; {advice}")
-    if plan["weights"] > 2e9:
-        training = plan["adapters"] + plan["gradients"] + plan["optimizer"]
-        print(f"{name}: the weights ({quantize}) take {plan['weights'] / 1e9:.3g} GB of {free / 1e9:.3g} GB that are free on {device}; "
-              f"2048 tokens of a sample {plan['cache'] / 1e9:.3g} GB, training adapters of rank 16 {training / 1e9:.3g} GB and its activations")
+def capture(step, pool):
+    """Record what `step` does to the GPU as a CUDA graph, without doing it; returns a function that does it.
+
+    A step is hundreds of small kernels, and Python takes longer to launch them than the GPU to run them; a graph is launched at once. It works
+    on the same addresses each time and takes nothing from the CPU. Raises RuntimeError if `step` waits for the device, as layers in int8 do.
+    """
+    graph, usual = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # whatever other threads, such as NCCL's, do meanwhile
+            step()
+    finally:
+        torch.cuda.set_stream(usual)  # a capture that fails leaves its own stream behind
+    return graph.replay
 
 
-class LoRA(torch.nn.Module):
-    """A linear layer with a low-rank correction: y = base(x) + alpha / r * B(A(x)). base may be quantized; A is (r, in), B is (out, r)."""
-
-    def __init__(self, base: torch.nn.Module, r: int, alpha: float):
-        super().__init__()
-        self.base, self.scaling = base, alpha / r
-        self.lora_A = torch.nn.Linear(base.in_features, r, bias=False, device=base.weight.device, dtype=torch.float32)
-        self.lora_B = torch.nn.Linear(r, base.out_features, bias=False, device=base.weight.device, dtype=torch.float32)
-        torch.nn.init.zeros_(self.lora_B.weight)  # starts as the base alone
-
-    def forward(self, x):
-        return self.base(x) + (self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))) * self.scaling).to(x.dtype)
-
-
-def add_lora(model, targets: list[str], r: int, alpha: float) -> None:
-    """Wrap every linear layer whose name ends in one of `targets` ("q_proj", ...), but for those that see images, and freeze the rest."""
-    model.requires_grad_(False)
-    for name, module in list(model.named_modules()):
-        if name.split(".")[-1] in targets and "vision" not in name:
-            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], LoRA(module, r, alpha))
+class ModelError(RuntimeError):
+    """A model that cannot be loaded or does not fit; the message says what to do."""
 
 
 def telling(load):
@@ -1034,20 +965,93 @@ def load_model(name: str | Path, quantize: str = "none"):
     return model.eval(), tokenizer
 
 
-def is_correct(scores: list[float] | None, rewards: list[float]) -> bool:
-    """Eq. 10: S_j > S_i for all i != j = argmax r; for a single response S_1 = r_1. Unreadable scores (None) are not correct."""
-    if scores is None:
-        return False
-    if len(rewards) == 1:
-        return scores[0] == rewards[0]
-    best = rewards.index(max(rewards))
-    return all(scores[best] > score for i, score in enumerate(scores) if i != best)
+class LoRA(torch.nn.Module):
+    """A linear layer with a low-rank correction: y = base(x) + alpha / r * B(A(x)). base may be quantized; A is (r, in), B is (out, r)."""
+
+    def __init__(self, base: torch.nn.Module, r: int, alpha: float):
+        super().__init__()
+        self.base, self.scaling = base, alpha / r
+        self.lora_A = torch.nn.Linear(base.in_features, r, bias=False, device=base.weight.device, dtype=torch.float32)
+        self.lora_B = torch.nn.Linear(r, base.out_features, bias=False, device=base.weight.device, dtype=torch.float32)
+        torch.nn.init.zeros_(self.lora_B.weight)  # starts as the base alone
+
+    def forward(self, x):
+        return self.base(x) + (self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))) * self.scaling).to(x.dtype)
 
 
-def chance_of_best(scores: list[float] | None, rewards: list[float]) -> float:
-    """Chance that the argmax of scores, ties broken by a fair coin, is the best of n >= 2 responses; unreadable scores tie all."""
-    scores = [0] * len(rewards) if scores is None else scores
-    return float(scores[rewards.index(max(rewards))] == max(scores)) / scores.count(max(scores))
+def add_lora(model, targets: list[str], r: int, alpha: float) -> None:
+    """Wrap every linear layer whose name ends in one of `targets` ("q_proj", ...), but for those that see images, and freeze the rest."""
+    model.requires_grad_(False)
+    for name, module in list(model.named_modules()):
+        if name.split(".")[-1] in targets and "vision" not in name:
+            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], LoRA(module, r, alpha))
+
+
+def bytes_of_token(config, itemsize: int) -> int:
+    """Bytes of a token's keys and values in all layers. Sliding-window layers keep every token, too."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_dim * itemsize
+
+
+def free_memory(device: torch.device) -> int:
+    """Free bytes of a GPU, with those that torch holds unused, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available
+
+
+def rows_that_fit(model, columns: int) -> int:
+    """How many rows of `columns` tokens half of the free memory holds: keys and values, and a few copies of a row's logits."""
+    config = model.config.get_text_config()
+    row = columns * bytes_of_token(config, model.dtype.itemsize) + 16 * config.vocab_size
+    return max(1, min(1024 if model.device.type == "cuda" else 256, free_memory(model.device) // 2 // row))
+
+
+def memory_plan(config, quantize: str = "none", dtype: torch.dtype = torch.bfloat16, rows: int = 1, columns: int = 2048,
+                r: int = 16) -> dict[str, int]:
+    """What a model of this configuration will take, in bytes by name; no weight is loaded or made.
+
+    Args: rows, columns: of the cache, in tokens; r: rank of the adapters that are trained, on all linear layers; 0: all weights are.
+    Returns weights; cache: keys and values; logits: what drawing a token holds; adapters, gradients, optimizer (Adam): of training, in float32.
+    """
+    with torch.device("meta"):  # tensors with a shape and no content
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()]
+    inside, total = sum(layer.weight.numel() for layer in linears), sum(p.numel() for p in model.parameters())
+    # nf4 scales each 64 weights by a byte, and each 256 of those bytes by a float; int8 has a float for each output
+    packed = {"none": inside * dtype.itemsize, "int8": inside + 4 * sum(layer.out_features for layer in linears),
+              "nf4": inside // 2 + inside // 64 + inside // 64 // 256 * 4}[quantize]
+    adapters = r * sum(layer.in_features + layer.out_features for layer in linears)
+    trained, config = 4 * (adapters or total), config.get_text_config()
+    return {"weights": packed + (total - inside) * dtype.itemsize, "cache": rows * columns * bytes_of_token(config, dtype.itemsize),
+            "logits": rows * 16 * config.vocab_size, "adapters": 4 * adapters, "gradients": trained, "optimizer": 2 * trained}
+
+
+def check_memory(name: str, config, quantize: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Print the plan of a model of more than 2 GB. Raises ModelError, with the numbers and what to do, if its weights do not fit."""
+    if getattr(config, "quantization_config", None):  # already packed, in ways that we do not know
+        return
+    (plan, small), free = (memory_plan(config, kind, dtype) for kind in (quantize, "nf4")), free_memory(device)
+    if plan["weights"] > free:
+        advice = (f"--quantize nf4 would take {small['weights'] / 1e9:.3g} GB" if small["weights"] < free and quantize != "nf4" else
+                  f"even --quantize nf4 takes {small['weights'] / 1e9:.3g} GB: choose a smaller model")
+        raise ModelError(f"{name} does not fit: its weights ({quantize}) take {plan['weights'] / 1e9:.3g} GB and {free / 1e9:.3g} GB of memory are "
+                         f"free on {device}; {advice}")
+    if plan["weights"] > 2e9:
+        training = plan["adapters"] + plan["gradients"] + plan["optimizer"]
+        print(f"{name}: the weights ({quantize}) take {plan['weights'] / 1e9:.3g} GB of {free / 1e9:.3g} GB that are free on {device}; "
+              f"2048 tokens of a sample {plan['cache'] / 1e9:.3g} GB, training adapters of rank 16 {training / 1e9:.3g} GB and its activations")
+
+
+@contextlib.contextmanager
+def writing(path: str | Path):
+    """Within it, what the system refuses (no space, no permission, no folder) becomes a DataError that says where, and what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own for it
+        reason = getattr(error, "strerror", None) or f"{str(error).splitlines()[0]} (is the disk full?)"
+        raise DataError(f"cannot write {path}: {reason}; make room or choose another place; training goes on with --resume") from None
 
 
 def convert_gguf(path: Path) -> str:
@@ -1081,35 +1085,6 @@ def parse_json(text: bytes) -> object:
         return json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer of 5000 digits, brackets 5000 deep
         raise DataError(f"invalid JSON: {error}") from None
-
-
-def read_lines(path: str | Path) -> list[bytes]:
-    """The lines of a file, as bytes: a U+2028 within a text ends no line. Raises DataError."""
-    try:
-        return Path(path).read_bytes().split(b"\n")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def load_lines(path: str | Path) -> list[Preference]:
-    """Read preferences from JSON Lines of {"query", "responses", "rewards"} and optionally {"subset", "reference", "id"}.
-
-    Returns them in the file's order. Raises DataError that starts with "path:line:", or "path:" if it is about the whole file.
-    """
-    preferences = []
-    for number, line in enumerate(read_lines(path), 1):
-        try:
-            record = parse_json(line) if line.strip() else None
-            if isinstance(record, dict) and record.keys() >= {"query", "responses", "rewards"}:
-                preferences.append(Preference(**{field.name: record[field.name] for field in fields(Preference) if field.name in record}))
-            elif line.strip():
-                raise DataError("expected query, responses, rewards; convert it with: "
-                                f"python 01_pointwise_grm.py --data {path} --export OUT.jsonl")
-        except DataError as error:
-            raise DataError(f"{path}:{number}: {error}") from None
-    if not preferences:
-        raise DataError(f"{path}: no records")
-    return preferences
 
 
 @dataclass
@@ -1158,6 +1133,35 @@ def judge(model, tokenizer, shown: list[Trajectory], temperature: float, args, s
         t.scores, t.correct = judgement.scores, is_correct(judgement.scores, t.rewards)
         why = judgement.unreadable if len(prompt) <= longest else f"the prompt of {len(prompt)} tokens is too long"
         t.reason = f"unreadable: {why}" if t.scores is None else ""
+
+
+def read_lines(path: str | Path) -> list[bytes]:
+    """The lines of a file, as bytes: a U+2028 within a text ends no line. Raises DataError."""
+    try:
+        return Path(path).read_bytes().split(b"\n")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def load_lines(path: str | Path) -> list[Preference]:
+    """Read preferences from JSON Lines of {"query", "responses", "rewards"} and optionally {"subset", "reference", "id"}.
+
+    Returns them in the file's order. Raises DataError that starts with "path:line:", or "path:" if it is about the whole file.
+    """
+    preferences = []
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            record = parse_json(line) if line.strip() else None
+            if isinstance(record, dict) and record.keys() >= {"query", "responses", "rewards"}:
+                preferences.append(Preference(**{field.name: record[field.name] for field in fields(Preference) if field.name in record}))
+            elif line.strip():
+                raise DataError("expected query, responses, rewards; convert it with: "
+                                f"python 01_pointwise_grm.py --data {path} --export OUT.jsonl")
+        except DataError as error:
+            raise DataError(f"{path}:{number}: {error}") from None
+    if not preferences:
+        raise DataError(f"{path}: no records")
+    return preferences
 
 
 def append(path: Path, text: str) -> None:
