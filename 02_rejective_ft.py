@@ -1126,6 +1126,8 @@ def load_model(name: str | Path, quantize: str = "none"):
     Raises ModelError with what to do: log in for a gated model, pick another quantization, install a package. Says what a large one takes.
     """
     name = str(name)
+    if not Path(name).exists() and (not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or "/" in name and Path(name.split("/")[0]).exists()):
+        raise ModelError(f"there is no model {name}: no such file or folder, and a name of the Hub is OWNER/MODEL")
     adapter = Path(name, "adapter_config.json")
     if adapter.exists():
         config = json.loads(adapter.read_text())

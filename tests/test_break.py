@@ -120,9 +120,9 @@ MODELS = {
     "an adapter without weights": (lambda f: adapter(f, None), WHOLE),
     "an adapter with damaged weights": (lambda f: adapter(f, b"xx"), WHOLE),
     "an adapter whose configuration lacks a name": (lambda f: adapter(f, target_modules=None), "KeyError: 'target_modules'"),
-    "an adapter whose base is gone": (lambda f: adapter(f, base_model_name_or_path="/gone/base"), "cannot load the model /gone/base"),
+    "an adapter whose base is gone": (lambda f: adapter(f, base_model_name_or_path="/gone/base"), "there is no model /gone/base"),
     "an adapter on itself": (lambda f: adapter(f, base_model_name_or_path=str(f)), "RecursionError"),
-    "a web address": (lambda f: "https://huggingface.co/google/gemma-3-1b-it", "cannot load the model https://")}
+    "a web address": (lambda f: "https://huggingface.co/google/gemma-3-1b-it", "there is no model https://")}
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -107,14 +107,19 @@ def test_an_adapter_that_cannot_be_read(tmp_path, changes, message):
 
 
 def test_a_model_that_is_not_there(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(grm.ModelError, match="cannot load the model .*no-such-model"):
         grm.load_model("nobody/no-such-model")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(grm.ModelError, match="cannot load the model"):
         grm.load_model(tmp_path)
-    with pytest.raises(grm.ModelError, match="no file"):
+    with pytest.raises(grm.ModelError, match="no such file|there is no file"):
         grm.load_model(tmp_path / "model.gguf")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for folder in (tmp_path / "none", "runs/none", "./none", "runs/02/model"):  # none of them is the name of a model on the Hub
+        with pytest.raises(grm.ModelError, match=f"there is no model {folder}: no such file or folder"):
+            grm.load_model(folder)
 
 
 @pytest.mark.parametrize("error, message", [
