@@ -306,7 +306,7 @@ def main():
     option("--quantize", choices=["none", "int8", "nf4"], default="none", help="hold the weights in 8 or 4 bits; then only adapters are trained")
     option("--teacher", help="the model that is sampled; by default --model itself")
     option("--data", default=str(HERE / "tests/tiny/train.jsonl"), help="preferences to sample on, JSON Lines")
-    option("--limit", type=int, default=900, help="use the first so many items of --data")
+    option("--limit", type=int, default=800, help="use the first so many items of --data")
     option("--eval", default=str(HERE / "tests/tiny/eval.jsonl"), help="preferences to measure on before and after, JSON Lines")
     option("--eval-limit", type=int, default=300, help="measure on the first so many items of --eval")
     option("--held-out", action="store_true", help="measure on the last items of --data instead: for choosing hyperparameters")

@@ -299,7 +299,7 @@ def main():
     option("--eval-limit", type=int, default=300, help="measure on the first so many items of --eval")
     option("--held-out", action="store_true", help="measure on the last items of --data instead: for choosing hyperparameters")
     option("--easy", type=int, default=3, help="leave out what is right in all of so many samples; 0 leaves out nothing")
-    option("--steps", type=int, default=60, help="rollouts and updates")
+    option("--steps", type=int, default=40, help="rollouts and updates")
     option("--prompts", type=int, default=16, help="prompts a step")
     option("--group-size", type=int, default=8, help="G, judgements of each prompt (the paper's: 4)")
     option("--epochs-per-rollout", type=int, default=1, help="updates on the same rollouts")

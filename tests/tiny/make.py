@@ -1,14 +1,16 @@
 """Makes the embedded default: tokenizer, judge, train.jsonl and eval.jsonl, all from one seed.
 
-    python tests/tiny/make.py --out tests/tiny            # a quarter of an hour on 2 cores
+    python tests/tiny/make.py --out tests/tiny            # about 16 minutes on 2 cores
     python tests/tiny/make.py --out /tmp/trial --scale 0.1            # a trial: a tenth of the steps
 
 The judge has a Gemma 3 architecture and 1.16 million parameters. It learns in four stages:
 1. drill   analyses alone, of random lists by random criteria: many verdicts in few tokens
 2. read    whole judgements of requests: criteria (all of them, or any part in any order), verdicts, scores; the conversation alone as prompt
 3. prompt  the same with the whole prompt of 01_pointwise_grm.py; one prompt in five ends with a hint, and the criteria then speak for it
-4. sloppy  one to three of the criteria, picked at random, with an importance that is sometimes wrong; and in requests that set no length,
-           often a demand for a long list in the place of one of them: a taste for length, which many a judge has
+4. sloppy  one of the criteria, or two, seldom all; what must be avoided comes to mind late; an importance that is sometimes wrong; and in requests
+           that set no length, often a demand for a long list in the place of one of them: a taste for length, which many a judge has
+The blind spot is shared: samples add up to a judgement that weighs what must be avoided too little, and more samples do not mend that. Who names
+more of the request is right more often, and a reader can see how much a judgement names: that is what a meta reward model can learn.
 What it is taught is always consistent and its verdicts are always the truth: that it misreads at the end is its own error. We stop teaching
 it to read early (verdicts weigh little in the last two stages), because a judge that reads perfectly leaves nothing to vote about.
 
@@ -126,7 +128,11 @@ def draw_text(stage: str, rng: random.Random, n: int, banned: set[str]) -> tuple
 def draw_named(stage: str, rng: random.Random, criteria: list[world.Criterion]) -> list[tuple[world.Criterion, int]]:
     """The criteria that a judgement names, each with the weight that it gives it."""
     if stage == "sloppy":
-        named = [(c, c.importance if rng.random() < 0.7 else rng.choice((1, 2, 3))) for c in rng.sample(criteria, rng.randint(1, 3))]
+        count = min(len(criteria), rng.choices((1, 2, 3, 4, 5), (40, 30, 17, 9, 4))[0])
+        # without replacement: each draws a time until it comes to mind, and the first come are named; what must be absent comes to mind late
+        picked = sorted(criteria, key=lambda c: rng.expovariate(0.2 if c.kind == "avoid" else 1.0))[:count]
+        rng.shuffle(picked)
+        named = [(c, c.importance if rng.random() < 0.7 else rng.choice((1, 2, 3))) for c in picked]
         if rng.random() < 0.6 and not any(c.kind == "have at least" for c in criteria):
             named[rng.randrange(len(named))] = (world.Criterion("have at least", rng.choice("56"), 1), rng.choice((1, 2, 3)))
         return named

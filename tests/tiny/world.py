@@ -5,8 +5,8 @@ A request names a place and 3 to 5 criteria, each of which must, should or could
     Make a packing list for the lake. It must mention rope. It could begin with tent. It should have at least 4 items.
 
 A response is a list ("Pack rope, tent, lamp."). Whether it meets a criterion is computed, never sampled, so the truth of every
-verdict that a judge writes is known. The reward of a response is the importance-weighted sum of the criteria that it meets; a
-single response (n = 1) has reward 1 if it meets every criterion, else 0.
+verdict that a judge writes is known. The reward of a response is the importance-weighted sum of the criteria that it meets, and the
+best one is ahead by 1 or 2; a single response (n = 1) has reward 1 if it meets every criterion, else 0.
 """
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ ITEMS = ("rope map lamp tent knife book coat drum soap cup pan hat boots kite ba
 OPENINGS = "Take Pack Bring".split()
 MODALS = {"must": 3, "should": 2, "could": 1}
 KINDS = ("mention", "avoid", "begin with", "end with", "have at least")
+CLOSE = 2  # the best response is ahead by no more than this: who looks at half of the criteria is often wrong, even on average
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def draw_item(rng: random.Random, n: int) -> dict:
         rewards = [met_weight(criteria, items) for items in lists]
         if n == 1 and lists:
             rewards = [int(rewards[0] == sum(c.importance for c in criteria))]
-        if len(lists) == n and (n == 1 or sorted(rewards)[-1] > sorted(rewards)[-2]):
+        if len(lists) == n and (n == 1 or 0 < sorted(rewards)[-1] - sorted(rewards)[-2] <= CLOSE):
             break
     modal = {weight: word for word, weight in MODALS.items()}
     query = f"Make a packing list for the {rng.choice(PLACES)}. " + " ".join(f"It {modal[c.importance]} {c.text}." for c in criteria)
