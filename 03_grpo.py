@@ -26,8 +26,9 @@ sample at temperature 0.5, 8 samples summed.
 What does RL learn? Read judgements, not only rewards: `python tests/tiny/read_judgements.py runs/03_grpo/before.jsonl runs/03_grpo/after.jsonl`.
 Eq. 11 pays for the order of the scores alone, and a tie earns nothing. So the embedded judge learns to name more of what is asked for, which is
 what we want, and to tell ties apart by scores that do not follow from its own verdicts, which is what we pay for. The KL term holds the second
-back: scores follow from their verdicts in 91% of the judgements before, in 87% after this run. With --beta 0.02 (on held-out items of train.jsonl)
-it was 39%, and although one sample gained 9 points, the sum of four gained none. Conclude: a rising reward says that what is paid for grows.
+back: it names 62% of the criteria before and 83% after this run, and its scores follow from their verdicts in 88% of the judgements and then in
+72%. With --beta 0 (25 steps, held-out items of train.jsonl) it named 93%, but only 17% of its scores followed; one sample gained 10 points of strict
+accuracy, and the sum of four lost 2: what samples share does not cancel. Conclude: a rising reward says that what is paid for grows.
 
 Exercises (what is asked for goes into this file, above main(); the check says what was expected, and shows what comes of it)
 1. Dr. GRPO (Liu et al. 2025) does not divide by std(r): add group_advantages(rewards, divide=True). FAVOUR = (divided, not divided): the sum of
@@ -266,8 +267,8 @@ def mean_of(values) -> float:
     return sum(values) / len(values)
 
 
-def plot(lines: list[dict], path: Path) -> None:
-    """Reward, KL and greedy strict accuracy over the steps, one above the other."""
+def plot(lines: list[dict], start: list[bool], path: Path) -> None:
+    """Reward, KL and greedy strict accuracy over the steps, one above the other; start: which of the items looked at were right before step 1."""
     figure, axes = plt.subplots(3, 1, figsize=(7, 7), sharex=True, constrained_layout=True)
     steps, width = [line["step"] for line in lines], max(1, len(lines) // 10)
     rewards = [line["reward"] for line in lines]
@@ -276,9 +277,10 @@ def plot(lines: list[dict], path: Path) -> None:
     axes[0].plot(steps, smooth, color="black", label=f"mean of the last {width}")
     axes[0].legend(frameon=False)
     axes[1].plot(steps, [line["kl"] for line in lines], color="black")
-    seen = [(line["step"], 100 * line["eval_strict"]) for line in lines if "eval_strict" in line]
-    axes[2].plot(*zip(*seen), color="black", marker="o")
-    for axis, label in zip(axes, ("mean reward (-1 to 1)", "KL to the reference, per token", "strict accuracy, greedy, %\n(items not trained on)")):
+    seen = [(0, mean_of(start))] + [(line["step"], line["eval_strict"]) for line in lines if "eval_strict" in line]
+    errors = [100 * math.sqrt(share * (1 - share) / len(start)) for _, share in seen]
+    axes[2].errorbar([step for step, _ in seen], [100 * share for _, share in seen], errors, color="black", marker="o", capsize=3)
+    for axis, label in zip(axes, ("mean reward (-1 to 1)", "KL to the reference, per token", "strict accuracy, greedy, %\n(items not trained on, +- SE)")):
         axis.set_ylabel(label)
         axis.grid(color="0.9")
     axes[2].set_xlabel("step")
@@ -313,7 +315,7 @@ def main():
     option("--max-new-tokens", type=int, default=320, help="longest judgement, in tokens")
     option("--batch-size", type=int, help="rows sampled together; by default what memory holds")
     option("--k", type=int, default=8, help="samples that are summed, before and after")
-    option("--eval-every", type=int, default=20, help="steps between looks at the first --watch held-out items")
+    option("--eval-every", type=int, default=10, help="steps between looks at the first --watch held-out items")
     option("--watch", type=int, default=150, help="items of such a look")
     option("--save-every", type=int, default=10, help="steps between checkpoints")
     option("--resume", action="store_true", help="go on with the run in --out, which must have had the same settings")
@@ -350,7 +352,8 @@ def main():
     except KeyboardInterrupt:
         sys.exit(f"\ninterrupted; go on with: {shlex.join(['python', *sys.argv] + ['--resume'] * (not args.resume))}")
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    put(out / "training.png", lambda aside: plot(lines, aside))
+    at_first = [is_correct(scores, item.rewards) for scores, item in zip(before["greedy"][:args.watch], others)]
+    put(out / "training.png", lambda aside: plot(lines, at_first, aside))
     results = {"figures": compare(others, before, after), "hard": len(hard), "last": lines[-1], "seconds": time.time() - start,
                "settings": vars(args), "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
     print(table_of(results["figures"]))

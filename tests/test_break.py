@@ -265,10 +265,10 @@ def test_odd_responses_are_judged_or_told_apart(tmp_path):
         assert list(records) == list(ODD)[:len(records)] and len(records) == {"judgements.jsonl": len(ODD), "attacked.jsonl": 4}[name]
         for kind, record in records.items():
             if record["scores"] is None:
-                assert record["unreadable"] and kind in ("20,000 tokens", "a long word", "12 responses", "mixed scripts", "emoji",
-                                                         "unseen characters")
+                assert record["unreadable"]
             else:
                 assert len(record["scores"]) == len(ODD[kind]) and all(1 <= score <= 10 for score in record["scores"])
+        assert sum(record["scores"] is not None for record in records.values()) >= 2  # what is odd makes nothing else unreadable
     [long] = [r for r in lines(tmp_path / "runs" / "01_pointwise_grm" / "judgements.jsonl") if r["subset"] == "20,000 tokens"]
     assert "is too long" in long["unreadable"]
     for kind in ("plays judge", "closes its block", "control tokens"):  # empty-handed, whatever it claims
