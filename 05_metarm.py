@@ -7,8 +7,10 @@ principles, critique and scores, and its one logit is the meta reward, learnt by
     L = -[ c log sigmoid(m) + (1 - c) log(1 - sigmoid(m)) ],    c = 1 if S_j > S_i for all i != j = argmax r, else 0
 
 It learns from what step 2 sampled, right and wrong, and from fresh judgements of the judge that is to be guided: their errors are the ones it
-will meet. Guided voting then keeps, of k samples, the k_meta with the highest meta reward (default k/2) and sums those (Eq. 14). Nothing is
-asked twice: step 4's samples are voted on again, and the truth serves only to measure: the oracle line keeps exactly the correct samples.
+will meet. (Judgements with a tie at the top are wrong by Eq. 10 and decide nothing; unlike the paper's, this small meta RM is not shown them
+unless --with-ties says so: it would learn to see ties and little else.) Guided voting then keeps, of k samples, the k_meta with the highest meta
+reward (default k/2) and sums those (Eq. 14). Nothing is asked twice: step 4's samples are voted on again, and the truth serves only to measure: the
+oracle line keeps exactly the correct samples.
 
     python 05_metarm.py                                                            the latest embedded judge, 2 CPU cores, under 6 minutes
     python 05_metarm.py --model google/gemma-3-4b-it --base google/gemma-3-4b-it --quantize nf4 --data train.jsonl --eval eval.jsonl --lr 1e-4
@@ -105,6 +107,12 @@ def encode_plain(tokenizer, text: str) -> list[int]:
 def held_out(query: str | list[dict], share: float) -> bool:
     """Whether a query is set aside: the same query always is or never, in whatever data and however often it is met."""
     return zlib.crc32(str(query).encode()) % 1000 < 1000 * share
+
+
+def tied(t: Trajectory) -> bool:
+    """Whether several responses share the highest score. Eq. 10 calls that wrong, and needs no model to say so; in a vote it decides nothing between
+    them. A small meta RM that is shown ties learns to see them and little else, so by default it is not."""
+    return t.scores is not None and t.scores.count(max(t.scores)) > 1
 
 
 def table_of_labels(sources: dict[str, list[Trajectory]], share: float) -> str:
@@ -249,7 +257,7 @@ def guide(items: list[Preference], samples: list[Trajectory], rewards: list[floa
         oracle = accuracy(lambda index: vote_oracle(scores, correct, index), k)
         result["curve"].append(row(k, keep(k)) | {"oracle": bootstrap(oracle, queries)})
     result["by_k_meta"] = [row(total, k_meta) for k_meta in sorted({1, max(1, total // 4), max(1, total // 2), total})]
-    judged = [(reward, t.correct, t.item, len(set(sorted(t.scores)[-2:])) < 2) for t, reward in zip(samples, rewards)
+    judged = [(reward, t.correct, t.item, tied(t)) for t, reward in zip(samples, rewards)
               if t.scores is not None and len(t.responses) > 1]
     within = [of_one[0] for _, group in itertools.groupby(judged, key=lambda one: one[2])
               if not math.isnan((of_one := clustered_auc(*zip(*[one[:3] for one in group])))[0])]
@@ -325,6 +333,7 @@ def main():
     option("--limit", type=int, default=900, help="use the first so many items of --data")
     option("--n-fresh", type=int, default=3, help="fresh judgements of each of them")
     option("--no-fresh", action="store_true", help="learn from step 2's trajectories alone")
+    option("--with-ties", action="store_true", help="learn from judgements with a tie at the top, too, as the paper does")
     option("--validate", type=float, default=0.1, help="share of the queries not to learn from, for the AUC")
     option("--eval", default=str(HERE / "tests/tiny/eval.jsonl"), help="preferences to vote on, JSON Lines")
     option("--eval-limit", type=int, default=300, help="vote on the first so many items of --eval")
@@ -384,6 +393,7 @@ def main():
         load.cache_clear()  # its memory is free before the meta RM is loaded
         judgements = [t for of_one in sources.values() for t in of_one if t.scores is not None]
         learn, kept = ([t for t in judgements if held_out(t.query, args.validate) == out_of_it] for out_of_it in (False, True))
+        learn = [t for t in learn if args.with_ties or not tied(t)]
         if len({t.correct for t in learn}) < 2:
             raise DataError(f"nothing to learn: the {len(learn)} judgements to learn from are all right or all wrong; use more items")
         model, tokenizer = meta_model(args.base, args)
@@ -391,13 +401,16 @@ def main():
         examples = [(ids, [int(t.correct)]) for t in learn if len(ids := encode_plain(tokenizer, meta_prompt(t))) <= longest]
         steps = train(model, examples, meta_loss, args, out)
         put(out / "model", lambda aside: save_meta(model, tokenizer, aside, args.base))
-        unseen = clustered_auc(score_judgements(model, tokenizer, kept, args, out / "held_out.jsonl"), [t.correct for t in kept],
-                               [str(t.query) for t in kept])
+        trust = score_judgements(model, tokenizer, kept, args, out / "held_out.jsonl")
+        unseen, plain = {}, [i for i, t in enumerate(kept) if not tied(t)]
+        for title, of in (("held-out judgements", range(len(kept))), ("of them without a tie at the top", plain)):
+            rows = [(trust[i], kept[i].correct, str(kept[i].query)) for i in of]
+            unseen[f"{len(of)} {title}"] = clustered_auc(*zip(*rows)) if rows else (math.nan, math.nan)
         rewards = score_judgements(model, tokenizer, samples, args, out / "rewards.jsonl")
     except KeyboardInterrupt:
         sys.exit(f"\ninterrupted; go on with: {shlex.join(['python', *sys.argv] + ['--resume'] * (not args.resume))}")
     result = guide(others, samples, rewards, args.k, args.k_meta)
-    result["auc"] = {f"{len(kept)} held-out judgements": unseen} | result["auc"]
+    result["auc"] = unseen | result["auc"]
     mixed = [i for i in range(len(others)) if len(others[i].responses) > 1 and len({t.correct for t in samples[i * args.k:(i + 1) * args.k]}) > 1]
     for i in mixed[:args.show]:
         print(side_by_side(others[i], samples[i * args.k:(i + 1) * args.k], rewards[i * args.k:(i + 1) * args.k]))

@@ -129,6 +129,10 @@ def test_a_query_is_held_out_wherever_it_is_met():
     assert meta.held_out([{"role": "user", "content": "a"}], 1)
 
 
+def test_a_tie_at_the_top():
+    assert [meta.tied(judged(scores=scores)) for scores in ([5, 5], [9, 9, 2], [9, 2, 2], [1, 10], [3], None)] == [True, True, False, False, False, False]
+
+
 def test_labels_are_counted_by_source():
     queries = {kept: next(f"query {i}" for i in range(99) if meta.held_out(f"query {i}", 0.2) == kept) for kept in (False, True)}
     some = [judged(query=queries[False])] * 3 + [judged(scores=(1, 2), query=queries[False])] * 2 + [judged(scores=None, query=queries[False])]
