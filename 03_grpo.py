@@ -28,7 +28,7 @@ Eq. 11 pays for the order of the scores alone, and a tie earns nothing. So the e
 what we want, and to tell ties apart by scores that do not follow from its own verdicts, which is what we pay for. The KL term holds the second
 back: it names 62% of the criteria before and 83% after this run, and its scores follow from their verdicts in 88% of the judgements and then in
 72%. With --beta 0 (25 steps, held-out items of train.jsonl) it named 93%, but only 17% of its scores followed; one sample gained 10 points of strict
-accuracy, and the sum of four lost 2: what samples share does not cancel. Conclude: a rising reward says that what is paid for grows.
+accuracy, and the sum of four gained none (-2 +- 4). Conclude: a rising reward says that what is paid for grows.
 
 Exercises (what is asked for goes into this file, above main(); the check says what was expected, and shows what comes of it)
 1. Dr. GRPO (Liu et al. 2025) does not divide by std(r): add group_advantages(rewards, divide=True). FAVOUR = (divided, not divided): the sum of
