@@ -23,10 +23,10 @@ responses; accuracy by subset, by number of responses, and by position of the be
 Exercises (what is asked for goes into this file, above main(); the check says what was expected, and shows what comes of it)
 1. A judge gives all responses the same score. Foretell what `measure` says of it on 6 pairs, 3 items of three and 1 of four, as shares:
    LAZY = (accuracy, strict, ties). Check: pytest tests/exercises.py -k 01_1
-2. Write judge_alone(model, tokenizer, items): every response judged greedily in a prompt of its own, scores 1 to 10; returns a list of scores
-   an item, or None if one cannot be read. What can swapping responses change now? Check: pytest tests/exercises.py -k 01_2
-3. Write judge_by(model, tokenizer, items, principles): greedy Judgements by a given text an item, as if the judge itself had begun with the lines
-   "Specific Criteria: <text>." and "Analysis:". How much do the true principles help? Check: pytest tests/exercises.py -k 01_3
+2. Write judge_alone(model, tokenizer, items): every response judged greedily in a prompt of its own, scores 1 to 10; returns, for each item, its
+   list of scores, or None in its place if one cannot be read. What can swapping responses change now? Check: pytest tests/exercises.py -k 01_2
+3. Write judge_by(model, tokenizer, items, principles), principles being one text for each item: greedy Judgements as if the judge itself had begun
+   with the lines "Specific Criteria: <text>." and "Analysis:". How much do the true principles help? Check: pytest tests/exercises.py -k 01_3
 Then look: run with --temperature 0, 0.5 and 1. Which of accuracy, ties and unreadable outputs moves, and why?
 """
 from __future__ import annotations
@@ -35,6 +35,7 @@ import argparse
 import atexit
 import contextlib
 import functools
+import gc
 import gzip
 import json
 import math
@@ -156,6 +157,15 @@ def encode(tokenizer, prompt: str, shots: list[tuple[str, str]] = ()) -> list[in
     messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written BOS
+
+
+def end_token(tokenizer) -> int | None:
+    """What ends a judgement: the chat template's own token if there is one (Gemma's "<end_of_turn>"), else EOS."""
+    if tokenizer.chat_template is None:
+        return tokenizer.eos_token_id
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "|"}]
+    rest = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False).rpartition("|")[2], add_special_tokens=False)["input_ids"]
+    return rest[0] if rest else tokenizer.eos_token_id
 
 
 # Judgements of things that anybody can check, for --shots. What a base model takes from them is the form.
@@ -513,7 +523,7 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: 
     """
     model.eval()
     end = model.generation_config.eos_token_id
-    stop_ids = sorted({*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id} - {None})
+    stop_ids = sorted({*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id, end_token(tokenizer)} - {None})
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
     generator = torch.Generator(model.device).manual_seed(seed + 10**9 * RANK)
     # Longest first: neighbours in a batch need little padding, and memory runs out at once or never.
@@ -555,7 +565,7 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: 
                     if slots:
                         decoder.keep(alive)
             except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what the CPU's allocator raises
-                if "memory" not in str(error):
+                if not re.search("out of memory|allocate memory", str(error)):  # an "illegal memory access" is another matter
                     raise
                 if len(batch) == 1:
                     raise ModelError(f"not enough memory for one row of {len(batch[0][0]) + max_new_tokens} tokens: shorten --max-new-tokens, "
@@ -596,8 +606,10 @@ class Decoder:
         """prompts: distinct, each prefilled once. rows: for each sample, the number of its prompt; equal ones are neighbours."""
         device = model.device
         self.model, self.temperature, self.pad_id, self.visible, self.column = model, temperature, pad_id, 0, None
-        # On CUDA: the shapes (rows, visible) for which the kernels are warm and for which `replay` is a graph; a failure is not tried again.
-        self.warm, self.captured, self.graphs = None, None, device.type == "cuda" and not getattr(model, "no_graphs", False)
+        # On CUDA: the shapes (rows, visible) for which the kernels are warm and for which `replay` is a graph; a failure is not tried again, and
+        # layers in int8 need not be tried: they wait for the device, and a capture that breaks leaves its mark on the allocator.
+        self.warm, self.captured, self.graphs = None, None, device.type == "cuda" and not (
+            getattr(model, "no_graphs", False) or getattr(model, "is_loaded_in_8bit", False))
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
         transformers.AttentionInterface.register("spct_decode", attend)
         # Prefill: each distinct prompt once, a few thousand tokens at a time.
@@ -835,7 +847,7 @@ def load_model(name: str | Path, quantize: str = "none"):
             raise ModelError(f"{name} is gated: accept its terms on its page of the Hub, then run `hf auth login`") from None
         raise ModelError(f"cannot load the model {name}: {first}") from None
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-        if "memory" not in str(error) or isinstance(error, ModelError):
+        if isinstance(error, ModelError) or not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         raise ModelError(f"not enough memory on {device} for {name}: try --quantize nf4 (a quarter of bfloat16) or a smaller model") from None
     for module in model.modules():  # on some CPUs, sampling would repack 4-bit weights into a form that has no gradient
@@ -909,6 +921,7 @@ def memory_plan(config, quantize: str = "none", dtype: torch.dtype = torch.bfloa
 
 def check_memory(name: str, config, quantize: str, dtype: torch.dtype, device: torch.device) -> None:
     """Print the plan of a model of more than 2 GB. Raises ModelError, with the numbers and what to do, if its weights do not fit."""
+    gc.collect()  # quantized layers refer to themselves: those of a model that was let go of are free only now
     if getattr(config, "quantization_config", None):  # already packed, in ways that we do not know
         return
     (plan, small), free = (memory_plan(config, kind, dtype) for kind in (quantize, "nf4")), free_memory(device)

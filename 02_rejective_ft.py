@@ -3,7 +3,7 @@
 A judge that is right half of the time already writes good judgements; it cannot tell which. Where the best response is known, we can: RFT
 (SPCT, arXiv 2504.02495, section 3.2) samples N_RFT = 3 judgements of every item and keeps those whose scores are *correct*,
 
-    S_j > S_i for all i != j, where j = argmax r;    for a single response S_1 = r_1,                                      (Eq. 10)
+    S_j > S_i for all i != j, where j = argmax r;    for a single response, scored 0 or 1, S_1 = r_1,                       (Eq. 10)
 
 but none of an item that comes out right every time: nothing is left to learn there. One more sample per item is *hinted*: its prompt ends with
 the best response's number, which brings in hard items; it is kept if correct. Then an ordinary language-model loss on the kept outputs, whose
@@ -35,6 +35,7 @@ import argparse
 import atexit
 import contextlib
 import functools
+import gc
 import json
 import math
 import os
@@ -161,12 +162,8 @@ Example = tuple[list[int], list[int]]  # token ids of a prompt, and of the compl
 
 
 def example(tokenizer, prompt: str, completion: str, shots: list[tuple[str, str]] = ()) -> Example:
-    """What to learn: to write the completion after the prompt, and then to end: with the chat template's own token if there is one, else EOS."""
-    end = tokenizer.eos_token_id
-    if tokenizer.chat_template is not None:
-        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "|"}]
-        end = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False).rpartition("|")[2], add_special_tokens=False)["input_ids"][0]
-    return encode(tokenizer, prompt, shots), tokenizer(completion, add_special_tokens=False)["input_ids"] + [end]
+    """What to learn: to write the completion after the prompt, and then to end."""
+    return encode(tokenizer, prompt, shots), tokenizer(completion, add_special_tokens=False)["input_ids"] + [end_token(tokenizer)]
 
 
 LOGITS_AT_ONCE = 2**25  # 128 MB in float32
@@ -349,7 +346,7 @@ def main():
     if not items or not others:
         raise DataError(f"{args.data if not items else args.eval}: no items are left to train on, or none with two responses to measure on")
     print(f"the first {len(items)} of {len(data)} items of {args.data}; measured on {len(others)} others")
-    open_run(out, {name: value for name, value in vars(args).items() if name != "resume"} | {"crc": zlib.crc32(repr(items).encode())}, args.resume)
+    open_run(out, vars(args) | {"crc": zlib.crc32(repr(items).encode())}, args.resume)
     try:
         trajectories = sample_trajectories(items, args, out)
         model, tokenizer = load_model(args.model, args.quantize)
@@ -430,8 +427,9 @@ def load_instructions(path: str | Path, tokenizer) -> list[Example]:
 
 
 def open_run(out: Path, settings: dict, resume: bool) -> None:
-    """Start a run in `out`, or make sure that the one to resume there had the same settings. Raises DataError."""
-    path = out / "settings.json"
+    """Start a run in `out`, or make sure that the one to resume there had the same settings, but for how it is computed. Raises DataError."""
+    path, how = out / "settings.json", ("resume", "micro_tokens", "batch_size", "save_every", "show")
+    settings = {name: value for name, value in settings.items() if name not in how}
     if resume:
         was = json.loads(path.read_text()) if path.exists() else {}
         if changed := [f"{name} {value} (was {was.get(name)})" for name, value in settings.items() if was.get(name) != value]:
@@ -694,6 +692,15 @@ def encode(tokenizer, prompt: str, shots: list[tuple[str, str]] = ()) -> list[in
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written BOS
 
 
+def end_token(tokenizer) -> int | None:
+    """What ends a judgement: the chat template's own token if there is one (Gemma's "<end_of_turn>"), else EOS."""
+    if tokenizer.chat_template is None:
+        return tokenizer.eos_token_id
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "|"}]
+    rest = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False).rpartition("|")[2], add_special_tokens=False)["input_ids"]
+    return rest[0] if rest else tokenizer.eos_token_id
+
+
 @dataclass
 class Judgement:
     """What one output says: its principles and critique, and one score per response, or None and the reason why they are unreadable."""
@@ -841,7 +848,7 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: 
     """
     model.eval()
     end = model.generation_config.eos_token_id
-    stop_ids = sorted({*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id} - {None})
+    stop_ids = sorted({*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id, end_token(tokenizer)} - {None})
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
     generator = torch.Generator(model.device).manual_seed(seed + 10**9 * RANK)
     # Longest first: neighbours in a batch need little padding, and memory runs out at once or never.
@@ -883,7 +890,7 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: 
                     if slots:
                         decoder.keep(alive)
             except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what the CPU's allocator raises
-                if "memory" not in str(error):
+                if not re.search("out of memory|allocate memory", str(error)):  # an "illegal memory access" is another matter
                     raise
                 if len(batch) == 1:
                     raise ModelError(f"not enough memory for one row of {len(batch[0][0]) + max_new_tokens} tokens: shorten --max-new-tokens, "
@@ -924,8 +931,10 @@ class Decoder:
         """prompts: distinct, each prefilled once. rows: for each sample, the number of its prompt; equal ones are neighbours."""
         device = model.device
         self.model, self.temperature, self.pad_id, self.visible, self.column = model, temperature, pad_id, 0, None
-        # On CUDA: the shapes (rows, visible) for which the kernels are warm and for which `replay` is a graph; a failure is not tried again.
-        self.warm, self.captured, self.graphs = None, None, device.type == "cuda" and not getattr(model, "no_graphs", False)
+        # On CUDA: the shapes (rows, visible) for which the kernels are warm and for which `replay` is a graph; a failure is not tried again, and
+        # layers in int8 need not be tried: they wait for the device, and a capture that breaks leaves its mark on the allocator.
+        self.warm, self.captured, self.graphs = None, None, device.type == "cuda" and not (
+            getattr(model, "no_graphs", False) or getattr(model, "is_loaded_in_8bit", False))
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
         transformers.AttentionInterface.register("spct_decode", attend)
         # Prefill: each distinct prompt once, a few thousand tokens at a time.
@@ -1163,7 +1172,7 @@ def load_model(name: str | Path, quantize: str = "none"):
             raise ModelError(f"{name} is gated: accept its terms on its page of the Hub, then run `hf auth login`") from None
         raise ModelError(f"cannot load the model {name}: {first}") from None
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-        if "memory" not in str(error) or isinstance(error, ModelError):
+        if isinstance(error, ModelError) or not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         raise ModelError(f"not enough memory on {device} for {name}: try --quantize nf4 (a quarter of bfloat16) or a smaller model") from None
     for module in model.modules():  # on some CPUs, sampling would repack 4-bit weights into a form that has no gradient
@@ -1237,6 +1246,7 @@ def memory_plan(config, quantize: str = "none", dtype: torch.dtype = torch.bfloa
 
 def check_memory(name: str, config, quantize: str, dtype: torch.dtype, device: torch.device) -> None:
     """Print the plan of a model of more than 2 GB. Raises ModelError, with the numbers and what to do, if its weights do not fit."""
+    gc.collect()  # quantized layers refer to themselves: those of a model that was let go of are free only now
     if getattr(config, "quantization_config", None):  # already packed, in ways that we do not know
         return
     (plan, small), free = (memory_plan(config, kind, dtype) for kind in (quantize, "nf4")), free_memory(device)

@@ -3,16 +3,20 @@
 Rejective fine-tuning learns from right judgements alone, drawn once. Here the judge draws afresh at every step and learns from the wrong ones too
 (SPCT, arXiv 2504.02495, section 3.2). For a prompt it writes G judgements. The rule gives each +1 if its scores are correct, else -1:
 
-    r_i = +1 if S_j > S_l for all l != j = argmax of the truth (n >= 2), or S_1 = r_1 (n = 1); else -1, unreadable ones too           (Eq. 11)
+    r_i = +1 if S_j > S_l for all l != j = argmax of the truth (n >= 2), or S_1 = the true 0 or 1 (n = 1); else -1, unreadable ones too (Eq. 11)
 
-There is no critic network: the group is its own baseline, A_i = (r_i - mean(r)) / std(r). A group that is all right or all wrong says nothing.
-Every token of judgement i is pushed by A_i, but not far from where it was sampled (clip), nor from the model at the start (KL to the reference):
+In the words of the field the judge is the policy pi, a judgement that it draws is a rollout, and A_i is the rollout's advantage: how much better
+than expected it was. Elsewhere a second network, the critic, learns what to expect; GRPO (group relative policy optimization) takes the group's
+mean, A_i = (r_i - mean(r)) / std(r). A group that is all right or all wrong says nothing. Every token of judgement i is pushed by A_i, but not far
+from pi_old, which drew it (clip), nor from ref, the model before the first step (KL), logp being log pi of a token:
 
     L = -1/G sum_i 1/|o_i| sum_t [ min(ratio A_i, clip(ratio, 1 - eps, 1 + eps) A_i) - beta KL ],    ratio = pi / pi_old             (Eq. 15)
     KL = exp(ref - logp) - (ref - logp) - 1     (k3, Shao et al. 2024: unbiased, never negative)
 
-No reward for the format: the KL term keeps it. What to watch: the reward rises, the share of groups with a signal falls, KL grows slowly, and
-"unreadable" stays near 0; with --beta 0 nothing holds the judge, with --flip-reward it learns to be wrong.
+By default a rollout is used once: then the ratio is 1 (its gradient is that of logp), clip waits for a second pass (--epochs-per-rollout 2), and the
+loss's value is no more than beta KL, for advantages add up to 0. So watch the reward, not the loss: it rises, the share of groups with a signal
+falls, KL grows slowly. Nothing rewards the format; KL keeps it, and "unreadable" stays near 0. With --beta 0 nothing holds the judge, with
+--flip-reward it learns to be wrong.
 
     python 03_grpo.py                                                        the embedded judge after step 2, 2 CPU cores, under 10 minutes
     python 03_grpo.py --model google/gemma-3-1b-it --quantize nf4 --data train.jsonl --eval eval.jsonl --lr 2e-5 --group-size 4
@@ -24,7 +28,7 @@ after.jsonl (the judgements that are measured), results.json. A run prints stric
 sample at temperature 0.5, 8 samples summed.
 
 What does RL learn? Read judgements, not only rewards: `python tests/tiny/read_judgements.py runs/03_grpo/before.jsonl runs/03_grpo/after.jsonl`.
-Eq. 11 pays for the order of the scores alone, and a tie earns nothing. So the embedded judge learns to name more of what is asked for, which is
+Eq. 11 pays for the order of the scores alone, and a tie costs as much as a wrong choice. So the embedded judge learns to name more of what is asked for, which is
 what we want, and to tell ties apart by scores that do not follow from its own verdicts, which is what we pay for. The KL term holds the second
 back: it names 62% of the criteria before and 83% after this run, and its scores follow from their verdicts in 88% of the judgements and then in
 72%. With --beta 0 (25 steps, held-out items of train.jsonl) it named 93%, but only 17% of its scores followed; one sample gained 10 points of strict
@@ -35,8 +39,9 @@ Exercises (what is asked for goes into this file, above main(); the check says w
    |A_i| of a group with 1 right of 8, over that of a group with 4 right of 8. Check: pytest tests/exercises.py -k 03_1
 2. Write kl_k1 (logp - ref) and kl_k2 (half of its square) beside kl_k3. With one of the three in the loss of `learn`, the KL term would on average
    pull the policy nowhere. Which? NO_PULL = "k1", "k2" or "k3". Check: pytest tests/exercises.py -k 03_2
-3. Add --length-penalty and reward_of(scores, rewards, tokens=0, penalty=0.0). A careful judgement (60 tokens) is right in 90%, a guess (10) in 50%:
-   BREAKS = the penalty a token above which guessing pays. The check trains on both sides of it: pytest tests/exercises.py -k 03_3
+3. Add --length-penalty and reward_of(scores, rewards, tokens=0, penalty=0.0): +1 or -1 as before, minus penalty * tokens. A careful judgement
+   (60 tokens) is right in 90%, a guess (10) in 50%: BREAKS = the penalty a token above which guessing pays. The check trains on both sides of it:
+   pytest tests/exercises.py -k 03_3
 Then look: foretell the curves of --beta 0, --beta 1 and --flip-reward before you run them. Which figure in log.jsonl is the first to warn?
 """
 from __future__ import annotations
@@ -46,6 +51,7 @@ import atexit
 import contextlib
 import copy
 import functools
+import gc
 import json
 import math
 import os
@@ -97,7 +103,8 @@ def kl_k3(log_probs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def surrogate(log_probs: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, clip_eps: float) -> torch.Tensor:
-    """Per token, min(ratio A, clip(ratio, 1 - eps, 1 + eps) A): no gain from leaving the trust region, but the full loss. All (tokens,)."""
+    """Per token, min(ratio A, clip(ratio, 1 - eps, 1 + eps) A): no gain from moving the ratio further than eps from 1, but the full loss.
+    All (tokens,)."""
     ratio = (log_probs - old).exp()
     return torch.minimum(ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages)
 
@@ -169,6 +176,7 @@ class Reference:
         parameters = dict(self.model.named_parameters())
         for name in self.weights or ():
             parameters[name].data, self.weights[name] = self.weights[name], parameters[name].data
+        torch.clear_autocast_cache()  # it knows a parameter by its place, not by what is in it
 
     @torch.no_grad()
     def log_probs(self, groups: list[Group]) -> torch.Tensor:
@@ -185,28 +193,27 @@ def learn(model, reference: Reference, parameters: dict, optimizer, groups: list
 
     The first pass gives the old log-probabilities (the policy has not moved yet: all ratios are 1); later passes are held against them.
     """
-    rows = [(group[0].prompt, sum((one.output for one in group), []), group) for group in groups[RANK::RANKS]]
-    cuda, count, batches, old, metrics = model.device.type == "cuda", sum(map(len, groups)), micro_batches(rows, args.micro_tokens), {}, {}
+    rows = [(group[0].prompt, sum((one.output for one in group), []), group) for group in groups[RANK::RANKS]]  # two parts to measure, and the group
+    cuda, count, batches, fixed, metrics = model.device.type == "cuda", sum(map(len, groups)), micro_batches(rows, args.micro_tokens), {}, {}
     model.train()
     for _ in range(args.epochs_per_rollout):
-        sums = Counter()
+        sums = Counter(dict.fromkeys(("loss", "kl", "clipped", "entropy"), 0.0))  # a rank without a prompt has them, too
         for number, part in enumerate(batches):
-            read, outputs = [(prompt, [one.output for one in group]) for prompt, _, group in part], [one for *_, group in part for one in group]
+            inputs, outputs = [(prompt, [one.output for one in group]) for prompt, _, group in part], [one for *_, group in part for one in group]
             lengths = torch.tensor([len(one.output) for one in outputs], device=model.device)
             weight = (1 / lengths / count).repeat_interleave(lengths)  # mean over an output's tokens, then over all outputs
             advantage = torch.tensor([one.advantage for one in outputs], device=model.device).repeat_interleave(lengths)
             with torch.autocast(model.device.type, torch.bfloat16, enabled=cuda):
-                log_probs = group_log_probs(model, read)
-                if number not in old:
-                    old[number] = log_probs.detach(), reference.log_probs(read) if args.beta else log_probs.detach()
-            before, ref = old[number]
-            gain, kl = surrogate(log_probs, before, advantage, args.clip_eps), kl_k3(log_probs, ref)
+                log_probs = group_log_probs(model, inputs)
+                if number not in fixed:
+                    fixed[number] = log_probs.detach(), reference.log_probs(inputs)
+            old, ref = fixed[number]
+            gain, kl = surrogate(log_probs, old, advantage, args.clip_eps), kl_k3(log_probs, ref)
             loss = -(weight * (gain - args.beta * kl)).sum()
             loss.backward()
-            clipped = ((log_probs - before).exp() * advantage > gain).float()
-            for name, value in (("loss", loss), ("kl", (weight * kl).sum()), ("clipped", (weight * clipped).sum()),
-                                ("entropy", -(weight * before).sum())):  # -log p of what was drawn: on average the entropy
-                sums[name] += value.item()
+            clipped = ((log_probs - old).exp() * advantage > gain).float()
+            for name, value in zip(sums, (loss, (weight * kl).sum(), (weight * clipped).sum(), -(weight * old).sum())):
+                sums[name] += value.item()  # the last is -log p of what was drawn: on average the entropy
         metrics = dict(zip(sums, total(list(sums.values()))))
         metrics["norm"] = update(parameters, optimizer, lr, step, metrics["loss"])
     return metrics
@@ -315,7 +322,7 @@ def main():
     option("--max-new-tokens", type=int, default=320, help="longest judgement, in tokens")
     option("--batch-size", type=int, help="rows sampled together; by default what memory holds")
     option("--k", type=int, default=8, help="samples that are summed, before and after")
-    option("--eval-every", type=int, default=10, help="steps between looks at the first --watch held-out items")
+    option("--eval-every", type=int, default=10, help="steps between looks at the first --watch items of --eval")
     option("--watch", type=int, default=150, help="items of such a look")
     option("--save-every", type=int, default=10, help="steps between checkpoints")
     option("--resume", action="store_true", help="go on with the run in --out, which must have had the same settings")
@@ -338,7 +345,7 @@ def main():
     if not items or not others:
         raise DataError(f"{args.data if not items else args.eval}: no items are left to train on, or none with two responses to measure on")
     print(f"{args.model} learns from the first {len(items)} of {len(data)} items of {args.data}; measured on {len(others)} others")
-    open_run(out, {name: value for name, value in vars(args).items() if name != "resume"} | {"crc": zlib.crc32(repr(items).encode())}, args.resume)
+    open_run(out, vars(args) | {"crc": zlib.crc32(repr(items).encode())}, args.resume)
     try:
         model, tokenizer = load_model(args.model, args.quantize)
         before = evaluate(model, tokenizer, others, args, out / "before.jsonl")
@@ -464,6 +471,15 @@ def encode(tokenizer, prompt: str, shots: list[tuple[str, str]] = ()) -> list[in
     messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written BOS
+
+
+def end_token(tokenizer) -> int | None:
+    """What ends a judgement: the chat template's own token if there is one (Gemma's "<end_of_turn>"), else EOS."""
+    if tokenizer.chat_template is None:
+        return tokenizer.eos_token_id
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "|"}]
+    rest = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False).rpartition("|")[2], add_special_tokens=False)["input_ids"]
+    return rest[0] if rest else tokenizer.eos_token_id
 
 
 @dataclass
@@ -613,7 +629,7 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: 
     """
     model.eval()
     end = model.generation_config.eos_token_id
-    stop_ids = sorted({*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id} - {None})
+    stop_ids = sorted({*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id, end_token(tokenizer)} - {None})
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
     generator = torch.Generator(model.device).manual_seed(seed + 10**9 * RANK)
     # Longest first: neighbours in a batch need little padding, and memory runs out at once or never.
@@ -655,7 +671,7 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: 
                     if slots:
                         decoder.keep(alive)
             except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what the CPU's allocator raises
-                if "memory" not in str(error):
+                if not re.search("out of memory|allocate memory", str(error)):  # an "illegal memory access" is another matter
                     raise
                 if len(batch) == 1:
                     raise ModelError(f"not enough memory for one row of {len(batch[0][0]) + max_new_tokens} tokens: shorten --max-new-tokens, "
@@ -696,8 +712,10 @@ class Decoder:
         """prompts: distinct, each prefilled once. rows: for each sample, the number of its prompt; equal ones are neighbours."""
         device = model.device
         self.model, self.temperature, self.pad_id, self.visible, self.column = model, temperature, pad_id, 0, None
-        # On CUDA: the shapes (rows, visible) for which the kernels are warm and for which `replay` is a graph; a failure is not tried again.
-        self.warm, self.captured, self.graphs = None, None, device.type == "cuda" and not getattr(model, "no_graphs", False)
+        # On CUDA: the shapes (rows, visible) for which the kernels are warm and for which `replay` is a graph; a failure is not tried again, and
+        # layers in int8 need not be tried: they wait for the device, and a capture that breaks leaves its mark on the allocator.
+        self.warm, self.captured, self.graphs = None, None, device.type == "cuda" and not (
+            getattr(model, "no_graphs", False) or getattr(model, "is_loaded_in_8bit", False))
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
         transformers.AttentionInterface.register("spct_decode", attend)
         # Prefill: each distinct prompt once, a few thousand tokens at a time.
@@ -935,7 +953,7 @@ def load_model(name: str | Path, quantize: str = "none"):
             raise ModelError(f"{name} is gated: accept its terms on its page of the Hub, then run `hf auth login`") from None
         raise ModelError(f"cannot load the model {name}: {first}") from None
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-        if "memory" not in str(error) or isinstance(error, ModelError):
+        if isinstance(error, ModelError) or not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         raise ModelError(f"not enough memory on {device} for {name}: try --quantize nf4 (a quarter of bfloat16) or a smaller model") from None
     for module in model.modules():  # on some CPUs, sampling would repack 4-bit weights into a form that has no gradient
@@ -1009,6 +1027,7 @@ def memory_plan(config, quantize: str = "none", dtype: torch.dtype = torch.bfloa
 
 def check_memory(name: str, config, quantize: str, dtype: torch.dtype, device: torch.device) -> None:
     """Print the plan of a model of more than 2 GB. Raises ModelError, with the numbers and what to do, if its weights do not fit."""
+    gc.collect()  # quantized layers refer to themselves: those of a model that was let go of are free only now
     if getattr(config, "quantization_config", None):  # already packed, in ways that we do not know
         return
     (plan, small), free = (memory_plan(config, kind, dtype) for kind in (quantize, "nf4")), free_memory(device)
@@ -1234,8 +1253,9 @@ def load_lines(path: str | Path) -> list[Preference]:
 
 
 def open_run(out: Path, settings: dict, resume: bool) -> None:
-    """Start a run in `out`, or make sure that the one to resume there had the same settings. Raises DataError."""
-    path = out / "settings.json"
+    """Start a run in `out`, or make sure that the one to resume there had the same settings, but for how it is computed. Raises DataError."""
+    path, how = out / "settings.json", ("resume", "micro_tokens", "batch_size", "save_every", "show")
+    settings = {name: value for name, value in settings.items() if name not in how}
     if resume:
         was = json.loads(path.read_text()) if path.exists() else {}
         if changed := [f"{name} {value} (was {was.get(name)})" for name, value in settings.items() if was.get(name) != value]:

@@ -6,11 +6,11 @@ principles, critique and scores, and its one logit is the meta reward, learnt by
 
     L = -[ c log sigmoid(m) + (1 - c) log(1 - sigmoid(m)) ],    c = 1 if S_j > S_i for all i != j = argmax r, else 0
 
-It learns from what step 2 sampled, right and wrong, and from fresh judgements of the judge that is to be guided: their errors are the ones it
-will meet. (Judgements with a tie at the top are wrong by Eq. 10 and decide nothing; unlike the paper's, this small meta RM is not shown them
-unless --with-ties says so: it would learn to see ties and little else.) Guided voting then keeps, of k samples, the k_meta with the highest meta
-reward (default k/2) and sums those (Eq. 14). Nothing is asked twice: step 4's samples are voted on again, and the truth serves only to measure: the
-oracle line keeps exactly the correct samples.
+It learns from what step 2 sampled, right and wrong (without hints, as the judge will be asked), and from fresh judgements of the judge that is to
+be guided: their errors are the ones it will meet. (Judgements with a tie at the top are wrong by Eq. 10 and decide nothing; unlike the paper's,
+this small meta RM is not shown them unless --with-ties says so: it would learn to see ties and little else.) Guided voting then keeps, of k
+samples, the k_meta with the highest meta reward (default k/2; --k-meta sets the share) and sums those (Eq. 14). Nothing is asked twice: step 4's
+samples are voted on again, and the truth serves only to measure: the oracle line keeps exactly the correct samples.
 
     python 05_metarm.py                                                            the latest embedded judge, 2 CPU cores, under 6 minutes
     python 05_metarm.py --model google/gemma-3-4b-it --base google/gemma-3-4b-it --quantize nf4 --data train.jsonl --eval eval.jsonl --lr 1e-4
@@ -28,7 +28,8 @@ Exercises (what is asked for goes into this file, above main(); the check says w
 2. Write vote_weighted(scores, rewards, index), like vote_guided without k_meta: all samples count, each times the sigmoid of its meta reward.
    What cannot be read weighs nothing. Check: pytest tests/exercises.py -k 05_2
 3. Guided voting compares judgements of one item alone. Write ranking_loss(rewards, labels, items): the mean of -log sigmoid(right - wrong) over all
-   pairs of a right and a wrong judgement of the same item, 0 without any. Check: pytest tests/exercises.py -k 05_3
+   pairs of a right and a wrong judgement of the same item, 0 without any. rewards is a tensor (n,), labels a list of 0 and 1, items one of item
+   numbers. Check: pytest tests/exercises.py -k 05_3
 Then look: --k-meta 0.25 trusts the meta reward more, --k-meta 0.75 less. Where is the best share, and how far is it from the perfect one's?
 """
 from __future__ import annotations
@@ -37,6 +38,7 @@ import argparse
 import atexit
 import contextlib
 import functools
+import gc
 import itertools
 import json
 import math
@@ -87,14 +89,14 @@ def sample_judgements(kind: str, items: list[Preference], temperature: float, lo
 
 
 def meta_prompt(t: Trajectory) -> str:
-    """What the meta RM reads: conversation, responses in the order that the judge saw, and its judgement as it wrote it. The judgement comes last
-    and in no block: there is nothing behind it that it could reach, and the last token is its own."""
+    """What the meta RM reads: conversation, responses in the order that the judge saw, its judgement as it wrote it, and a word that asks for a
+    review: at that word's end a language model is about to say how good what it read is, and there the logit is read."""
     turns = t.query if isinstance(t.query, list) else [{"role": "user", "content": t.query}]
     parts = [block("Conversation", "\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns))]
     if t.reference is not None:
         parts.append(block("Reference answer", t.reference))
     parts += [block(f"Response {number}", response) for number, response in enumerate(t.responses, 1)]
-    return "\n".join([*parts, t.output.strip()])
+    return "\n".join([*parts, t.output.strip(), "Review:"])
 
 
 def encode_plain(tokenizer, text: str) -> list[int]:
@@ -104,7 +106,7 @@ def encode_plain(tokenizer, text: str) -> list[int]:
     return tokenizer(text)["input_ids"]
 
 
-def held_out(query: str | list[dict], share: float) -> bool:
+def set_aside(query: str | list[dict], share: float) -> bool:
     """Whether a query is set aside: the same query always is or never, in whatever data and however often it is met."""
     return zlib.crc32(str(query).encode()) % 1000 < 1000 * share
 
@@ -119,7 +121,7 @@ def table_of_labels(sources: dict[str, list[Trajectory]], share: float) -> str:
     """How many judgements of each source are right and wrong by Eq. 10, to learn from and held out."""
     text = f"\n  {'judgements':<34}{'all':>8}{'unreadable':>12}{'learn: right':>14}{'wrong':>8}{'held out: right':>18}{'wrong':>8}\n"
     for title, judgements in sources.items():
-        counts = [sum(t.correct == right and held_out(t.query, share) == out for t in judgements if t.scores is not None)
+        counts = [sum(t.correct == right and set_aside(t.query, share) == out for t in judgements if t.scores is not None)
                   for out in (False, True) for right in (True, False)]
         text += (f"  {title:<34}{len(judgements):8}{sum(t.scores is None for t in judgements):12}{counts[0]:14}{counts[1]:8}{counts[2]:18}"
                  f"{counts[3]:8}\n")
@@ -326,7 +328,8 @@ def main():
     judges = [folder for folder in ("runs/03_grpo/model", "runs/02_rejective_ft/model") if Path(folder).exists()]
     option("--model", default=[*judges, os.path.relpath(HERE / "tests/tiny/judge")][0], help="the judge to be guided: folder, Hub name, GGUF file or "
            "LoRA folder; by default what step 3 or else step 2 left in runs/, or the embedded judge")
-    option("--base", default=os.path.relpath(HERE / "tests/tiny/judge"), help="what the meta RM is made of, likewise")
+    option("--base", help="what the meta RM is made of, likewise; by default --model (of an adapter, the model beneath it), and for the default "
+           "--model the embedded judge")
     option("--quantize", choices=["none", "int8", "nf4"], default="none", help="hold the weights of both in 8 or 4 bits; then adapters are trained")
     option("--trajectories", help="step 2's sampled judgements; by default runs/02_rejective_ft/trajectories.jsonl, if it is there")
     option("--data", default=str(HERE / "tests/tiny/train.jsonl"), help="preferences for fresh judgements to learn from, JSON Lines")
@@ -356,6 +359,10 @@ def main():
     option("--seed", type=int, default=0, help="of everything")
     option("--out", default="runs/05_metarm", help="folder for everything that is written")
     args = parser.parse_args()
+    if args.base is None:
+        adapter = Path(args.model, "adapter_config.json")
+        args.base = (os.path.relpath(HERE / "tests/tiny/judge") if args.model == parser.get_default("model") else
+                     json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else args.model)
     for wrong, message in ((min(args.limit, args.eval_limit, args.n_fresh, args.k, args.train_batch, args.micro_tokens, args.save_every,
                                 args.max_new_tokens) < 1, "counts must be at least 1"),
                            (args.batch_size is not None and args.batch_size < 1, "--batch-size must be at least 1"),
@@ -374,7 +381,7 @@ def main():
         raise DataError(f"{args.data if not items else args.eval}: no items are left to learn from, or none with two responses to vote on")
     earlier = Path(args.trajectories or "runs/02_rejective_ft/trajectories.jsonl")
     print(f"the judge {args.model} is guided by a meta RM made of {args.base}; {len(others)} items to vote on")
-    open_run(out, {name: value for name, value in vars(args).items() if name != "resume"} | {"crc": zlib.crc32(repr(items).encode())}, args.resume)
+    open_run(out, vars(args) | {"crc": zlib.crc32(repr(items).encode())}, args.resume)
     for name in () if args.resume else ("rewards.jsonl", "held_out.jsonl"):
         (out / name).unlink(missing_ok=True)
     with writing(voting):
@@ -392,7 +399,7 @@ def main():
         samples, _ = judge_items("samples", args.model, load, others, args, voting)
         load.cache_clear()  # its memory is free before the meta RM is loaded
         judgements = [t for of_one in sources.values() for t in of_one if t.scores is not None]
-        learn, kept = ([t for t in judgements if held_out(t.query, args.validate) == out_of_it] for out_of_it in (False, True))
+        learn, unseen = ([t for t in judgements if set_aside(t.query, args.validate) == aside] for aside in (False, True))
         learn = [t for t in learn if args.with_ties or not tied(t)]
         if len({t.correct for t in learn}) < 2:
             raise DataError(f"nothing to learn: the {len(learn)} judgements to learn from are all right or all wrong; use more items")
@@ -401,16 +408,16 @@ def main():
         examples = [(ids, [int(t.correct)]) for t in learn if len(ids := encode_plain(tokenizer, meta_prompt(t))) <= longest]
         steps = train(model, examples, meta_loss, args, out)
         put(out / "model", lambda aside: save_meta(model, tokenizer, aside, args.base))
-        trust = score_judgements(model, tokenizer, kept, args, out / "held_out.jsonl")
-        unseen, plain = {}, [i for i, t in enumerate(kept) if not tied(t)]
-        for title, of in (("held-out judgements", range(len(kept))), ("of them without a tie at the top", plain)):
-            rows = [(trust[i], kept[i].correct, str(kept[i].query)) for i in of]
-            unseen[f"{len(of)} {title}"] = clustered_auc(*zip(*rows)) if rows else (math.nan, math.nan)
+        trust = score_judgements(model, tokenizer, unseen, args, out / "held_out.jsonl")
+        aucs, plain = {}, [i for i, t in enumerate(unseen) if not tied(t)]
+        for title, of in (("held-out judgements", range(len(unseen))), ("of them without a tie at the top", plain)):
+            rows = [(trust[i], unseen[i].correct, str(unseen[i].query)) for i in of]
+            aucs[f"{len(of)} {title}"] = clustered_auc(*zip(*rows)) if rows else (math.nan, math.nan)
         rewards = score_judgements(model, tokenizer, samples, args, out / "rewards.jsonl")
     except KeyboardInterrupt:
         sys.exit(f"\ninterrupted; go on with: {shlex.join(['python', *sys.argv] + ['--resume'] * (not args.resume))}")
     result = guide(others, samples, rewards, args.k, args.k_meta)
-    result["auc"] = unseen | result["auc"]
+    result["auc"] = aucs | result["auc"]
     mixed = [i for i in range(len(others)) if len(others[i].responses) > 1 and len({t.correct for t in samples[i * args.k:(i + 1) * args.k]}) > 1]
     for i in mixed[:args.show]:
         print(side_by_side(others[i], samples[i * args.k:(i + 1) * args.k], rewards[i * args.k:(i + 1) * args.k]))
@@ -527,6 +534,15 @@ def encode(tokenizer, prompt: str, shots: list[tuple[str, str]] = ()) -> list[in
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written BOS
 
 
+def end_token(tokenizer) -> int | None:
+    """What ends a judgement: the chat template's own token if there is one (Gemma's "<end_of_turn>"), else EOS."""
+    if tokenizer.chat_template is None:
+        return tokenizer.eos_token_id
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "|"}]
+    rest = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False).rpartition("|")[2], add_special_tokens=False)["input_ids"]
+    return rest[0] if rest else tokenizer.eos_token_id
+
+
 @dataclass
 class Judgement:
     """What one output says: its principles and critique, and one score per response, or None and the reason why they are unreadable."""
@@ -626,7 +642,7 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: 
     """
     model.eval()
     end = model.generation_config.eos_token_id
-    stop_ids = sorted({*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id} - {None})
+    stop_ids = sorted({*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id, end_token(tokenizer)} - {None})
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
     generator = torch.Generator(model.device).manual_seed(seed + 10**9 * RANK)
     # Longest first: neighbours in a batch need little padding, and memory runs out at once or never.
@@ -668,7 +684,7 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: 
                     if slots:
                         decoder.keep(alive)
             except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what the CPU's allocator raises
-                if "memory" not in str(error):
+                if not re.search("out of memory|allocate memory", str(error)):  # an "illegal memory access" is another matter
                     raise
                 if len(batch) == 1:
                     raise ModelError(f"not enough memory for one row of {len(batch[0][0]) + max_new_tokens} tokens: shorten --max-new-tokens, "
@@ -709,8 +725,10 @@ class Decoder:
         """prompts: distinct, each prefilled once. rows: for each sample, the number of its prompt; equal ones are neighbours."""
         device = model.device
         self.model, self.temperature, self.pad_id, self.visible, self.column = model, temperature, pad_id, 0, None
-        # On CUDA: the shapes (rows, visible) for which the kernels are warm and for which `replay` is a graph; a failure is not tried again.
-        self.warm, self.captured, self.graphs = None, None, device.type == "cuda" and not getattr(model, "no_graphs", False)
+        # On CUDA: the shapes (rows, visible) for which the kernels are warm and for which `replay` is a graph; a failure is not tried again, and
+        # layers in int8 need not be tried: they wait for the device, and a capture that breaks leaves its mark on the allocator.
+        self.warm, self.captured, self.graphs = None, None, device.type == "cuda" and not (
+            getattr(model, "no_graphs", False) or getattr(model, "is_loaded_in_8bit", False))
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
         transformers.AttentionInterface.register("spct_decode", attend)
         # Prefill: each distinct prompt once, a few thousand tokens at a time.
@@ -948,7 +966,7 @@ def load_model(name: str | Path, quantize: str = "none"):
             raise ModelError(f"{name} is gated: accept its terms on its page of the Hub, then run `hf auth login`") from None
         raise ModelError(f"cannot load the model {name}: {first}") from None
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-        if "memory" not in str(error) or isinstance(error, ModelError):
+        if isinstance(error, ModelError) or not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         raise ModelError(f"not enough memory on {device} for {name}: try --quantize nf4 (a quarter of bfloat16) or a smaller model") from None
     for module in model.modules():  # on some CPUs, sampling would repack 4-bit weights into a form that has no gradient
@@ -1022,6 +1040,7 @@ def memory_plan(config, quantize: str = "none", dtype: torch.dtype = torch.bfloa
 
 def check_memory(name: str, config, quantize: str, dtype: torch.dtype, device: torch.device) -> None:
     """Print the plan of a model of more than 2 GB. Raises ModelError, with the numbers and what to do, if its weights do not fit."""
+    gc.collect()  # quantized layers refer to themselves: those of a model that was let go of are free only now
     if getattr(config, "quantization_config", None):  # already packed, in ways that we do not know
         return
     (plan, small), free = (memory_plan(config, kind, dtype) for kind in (quantize, "nf4")), free_memory(device)
@@ -1254,8 +1273,9 @@ def load_lines(path: str | Path) -> list[Preference]:
 
 
 def open_run(out: Path, settings: dict, resume: bool) -> None:
-    """Start a run in `out`, or make sure that the one to resume there had the same settings. Raises DataError."""
-    path = out / "settings.json"
+    """Start a run in `out`, or make sure that the one to resume there had the same settings, but for how it is computed. Raises DataError."""
+    path, how = out / "settings.json", ("resume", "micro_tokens", "batch_size", "save_every", "show")
+    settings = {name: value for name, value in settings.items() if name not in how}
     if resume:
         was = json.loads(path.read_text()) if path.exists() else {}
         if changed := [f"{name} {value} (was {was.get(name)})" for name, value in settings.items() if was.get(name) != value]:

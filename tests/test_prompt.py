@@ -136,6 +136,14 @@ def chat_tokenizer(tokenizer):
     return tokenizer
 
 
+def test_what_ends_a_judgement(tokenizer, chat_tokenizer):
+    assert grm.end_token(chat_tokenizer) == chat_tokenizer.convert_tokens_to_ids("<end_of_turn>") != tokenizer.eos_token_id
+    chat_tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"  # one that writes no end
+    assert grm.end_token(chat_tokenizer) == tokenizer.eos_token_id
+    chat_tokenizer.chat_template = None
+    assert grm.end_token(chat_tokenizer) == tokenizer.eos_token_id
+
+
 def test_plain_prompt_has_one_bos_and_survives_decoding(tokenizer):
     assert tokenizer.chat_template is None
     prompt = grm.build_prompt("2+2? é😀", ["4", "5"])

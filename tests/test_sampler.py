@@ -10,7 +10,7 @@ grm = load_script("01_pointwise_grm")
 
 class Letters:
     """A stand-in for a tokenizer: token i is character i + 64; no end token unless given."""
-    pad_token_id = 0
+    pad_token_id, chat_template = 0, None
 
     def __init__(self, eos_token_id=None):
         self.eos_token_id = eos_token_id
@@ -223,6 +223,33 @@ def test_equal_prompts_are_prefilled_once(monkeypatch):
     drawn = grm.sample(model, Letters(), [prompts[0], prompts[1], prompts[0]], n=4, max_new_tokens=3, progress=False)
     assert rows[0] == (2, 9) and rows[1:] == [(12, 1)] * 2  # the first token comes from the prefill
     assert [len(samples) for samples in drawn] == [4, 4, 4]
+
+
+def test_a_chat_model_stops_where_its_template_ends_the_turn():
+    class Chat(Letters):
+        chat_template, ends = "a template", None
+
+        def apply_chat_template(self, turns, tokenize):
+            return "".join(turn["content"] for turn in turns) + chr(64 + self.ends)
+
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": [ord(c) - 64 for c in text]}
+
+    model, prompts, tokenizer = random_gemma(3), random_prompts([5, 9]), Chat()
+    whole = generate(model, prompts, 0, [], 20)
+    tokenizer.ends = whole[0][7]  # a token that the model writes, though neither it nor the tokenizer calls it an end
+    drawn = grm.sample(model, tokenizer, prompts, temperature=0, max_new_tokens=20, progress=False)
+    assert drawn[0][0].ids == whole[0][:whole[0].index(tokenizer.ends) + 1]
+    assert drawn[1][0].ids == (whole[1][:whole[1].index(tokenizer.ends) + 1] if tokenizer.ends in whole[1] else whole[1])
+
+
+def test_an_illegal_memory_access_is_not_a_lack_of_memory(monkeypatch):
+    def step(self):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(grm.Decoder, "step", step)
+    with pytest.raises(RuntimeError, match="illegal"):
+        grm.sample(random_gemma(3), Letters(), random_prompts([5, 6]), max_new_tokens=20, progress=False)
 
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(monkeypatch, capsys):

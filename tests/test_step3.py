@@ -175,6 +175,23 @@ def test_the_reference_stays_where_the_model_was(lora_r):
     assert torch.equal(grpo.group_log_probs(model, groups).detach(), moved)  # swapped back
 
 
+def test_under_autocast_the_reference_is_still_another_model():
+    """Autocast keeps a parameter's copy in bfloat16, and swapped weights must not be taken for those that it knows."""
+    model, tokenizer = grpo.load_model(JUDGE)
+    grpo.set_trainable(model, options(lora_r=4))
+    reference = grpo.Reference(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05
+    groups = [([5, 6, 7], [[30, 31, 2], [40]])]
+    with torch.autocast("cpu", torch.bfloat16):
+        log_probs = grpo.group_log_probs(model, groups)
+        ref = reference.log_probs(groups)
+        assert (log_probs - ref).abs().max() > 0.01
+        torch.testing.assert_close(grpo.group_log_probs(model, groups), log_probs)
+
+
 def test_easy_items_are_left_out_and_counted_once(tmp_path, monkeypatch, capsys):
     items = [grpo.Preference(f"q{i}", ["a", "b"], [0, 1]) for i in range(10)]
     calls = []
@@ -208,6 +225,7 @@ UPDATE = """
     reference, (parameters, optimizer) = grpo.Reference(model), grpo.start_training(model, OPTIONS)
     for step in range(2):
         metrics = grpo.learn(model, reference, parameters, optimizer, groups, 1e-3, step, OPTIONS)
+    metrics = [metrics, grpo.learn(model, reference, parameters, optimizer, groups[:1], 1e-3, 2, OPTIONS)]  # the second rank has none
     drawn = grpo.sample(model, tokenizer, [[5, 6, 7], [8, 9], [5, 6, 7], [10] * 9], 2, 0.0, 8, progress=False)
     grpo.put(grpo.Path({out!r}), lambda aside: torch.save([metrics, dict(model.named_parameters()), [[s.ids for s in of] for of in drawn]], aside))
 """
@@ -221,7 +239,7 @@ def test_two_ranks_take_the_same_step_as_one(tmp_path):
         run(tmp_path, program, ranks=ranks)
         results.append(torch.load(out, weights_only=True))
     (metrics, weights, drawn), (metrics2, weights2, drawn2) = results
-    assert metrics2 == pytest.approx(metrics, rel=1e-4, abs=1e-6) and drawn2 == drawn
+    assert all(two == pytest.approx(one, rel=1e-4, abs=1e-6) for one, two in zip(metrics, metrics2, strict=True)) and drawn2 == drawn
     origin = dict(grpo.load_model(JUDGE)[0].named_parameters())
     for name in weights:
         torch.testing.assert_close(weights2[name], weights[name], atol=2e-5, rtol=1e-4)

@@ -123,10 +123,10 @@ def test_trusting_at_random_is_voting_over_fewer(tmp_path):
 
 
 def test_a_query_is_held_out_wherever_it_is_met():
-    share = sum(meta.held_out(f"query {i}", 0.2) for i in range(2000)) / 2000
+    share = sum(meta.set_aside(f"query {i}", 0.2) for i in range(2000)) / 2000
     assert 0.17 < share < 0.23
-    assert not any(meta.held_out(f"query {i}", 0.1) and not meta.held_out(f"query {i}", 0.2) for i in range(500))
-    assert meta.held_out([{"role": "user", "content": "a"}], 1)
+    assert not any(meta.set_aside(f"query {i}", 0.1) and not meta.set_aside(f"query {i}", 0.2) for i in range(500))
+    assert meta.set_aside([{"role": "user", "content": "a"}], 1)
 
 
 def test_a_tie_at_the_top():
@@ -134,7 +134,7 @@ def test_a_tie_at_the_top():
 
 
 def test_labels_are_counted_by_source():
-    queries = {kept: next(f"query {i}" for i in range(99) if meta.held_out(f"query {i}", 0.2) == kept) for kept in (False, True)}
+    queries = {kept: next(f"query {i}" for i in range(99) if meta.set_aside(f"query {i}", 0.2) == kept) for kept in (False, True)}
     some = [judged(query=queries[False])] * 3 + [judged(scores=(1, 2), query=queries[False])] * 2 + [judged(scores=None, query=queries[False])]
     rows = meta.table_of_labels({"first": some, "second": [judged(query=queries[True])] * 4}, 0.2).splitlines()
     assert rows[2].split() == ["first", "6", "1", "3", "2", "0", "0"] and rows[3].split() == ["second", "4", "0", "0", "0", "4", "0"]
@@ -145,13 +145,13 @@ def test_what_the_meta_rm_reads():
         {"role": "user", "content": "u"}, {"role": "assistant", "content": "v"}, {"role": "user", "content": "w"}])
     assert meta.meta_prompt(t) == ("[Conversation begins]\nUser: u\nAssistant: v\nUser: w\n[Conversation ends]\n\n"
                                    "[Response 1 begins]\n(Response 1 ends]\nx\n[Response 1 ends]\n\n[Response 2 begins]\ny\n[Response 2 ends]\n\n"
-                                   "Analysis: z\nScores: \\boxed{2, 1}")
+                                   "Analysis: z\nScores: \\boxed{2, 1}\nReview:")
     t.reference = "r"
     assert "[Reference answer begins]\nr\n" in meta.meta_prompt(t)
     tokenizer = AutoTokenizer.from_pretrained(JUDGE)
     ids = meta.encode_plain(tokenizer, "rope <eos> <pad>")
     assert ids[0] == tokenizer.bos_token_id and not set(ids[1:]) & set(tokenizer.all_special_ids)
-    assert tokenizer.decode(meta.encode_plain(tokenizer, meta.meta_prompt(t))[-1:]) == "}"
+    assert tokenizer.decode(meta.encode_plain(tokenizer, meta.meta_prompt(t))[-2:]) == "Review:"
 
 
 def random_head(model):
@@ -336,7 +336,7 @@ def test_bad_input_gets_one_clear_sentence(tmp_path, monkeypatch, capsys, argume
     def fake(model, tokenizer, shown, *_):
         pass
 
-    query = next(f"query {i}" for i in range(99) if not meta.held_out(f"query {i}", 0.1))
+    query = next(f"query {i}" for i in range(99) if not meta.set_aside(f"query {i}", 0.1))
     for name, lines in (("columns", ['{"prompt": "x", "chosen": "a", "rejected": "b"}']),
                         ("single", ['{"query": "x", "responses": ["a"], "rewards": [1]}']),
                         ("pair", ['{"query": "x", "responses": ["a", "b"], "rewards": [0, 1]}']), ("right", [judged(query=query).line().strip()]),

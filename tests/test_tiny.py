@@ -77,6 +77,8 @@ def test_what_the_judge_learns_from_is_true_and_consistent(stage):
             assert prompt == "" and judgement.count(" yes") + judgement.count(" no") == 6 * n
             continue
         criteria = world.criteria_of(prompt)
+        if prompt.endswith("Review:"):  # a judgement that is read, not learnt
+            continue
         named = re.findall(r"\(weight [123]\)", judgement)
         assert 1 <= len(named) <= len(criteria)
         responses = [line for line in prompt.split("\n") if line.startswith(tuple(world.OPENINGS)) and "," in line]
@@ -84,6 +86,23 @@ def test_what_the_judge_learns_from_is_true_and_consistent(stage):
         assert set(found["true verdicts"]) == {1.0} and found["consistent scores"] == [1.0]
         unasked = [demand for demand in re.findall(r"(?:must|should|could) (.+?) \(weight", judgement) if demand not in [c.text for c in criteria]]
         assert unasked in ([], ["have at least 5 items"], ["have at least 6 items"]) and (stage == "sloppy" or not unasked)
+
+
+def test_a_review_is_of_the_judgement_that_it_follows():
+    rng, spoilt = random.Random(0), 0
+    for n in (1, 2, 3, 4) * 50:
+        item = world.draw_item(rng, n)
+        criteria, lists = world.criteria_of(item["query"]), [world.items_of(response) for response in item["responses"]]
+        prompt, review = make.draw_review(rng, item, criteria, lists, binary=n == 1)
+        judgement = prompt[prompt.index("Specific Criteria:"):]
+        found = read_judgements.read({**item, "output": judgement, "binary": n == 1})
+        off, weight, named, count, wrong, unasked = map(int, re.findall(r"[0-9]+", review))
+        assert (weight, count) == (sum(c.importance for c in criteria), len(criteria)) and set(found["true verdicts"]) == {1.0}
+        assert (named, wrong, unasked) == (sum(found["criteria named"]), found["right weights"].count(0), found["asked for"].count(0))
+        assert (off == 0) == (named == count and wrong == unasked == 0) and off <= weight + 3 * (wrong + unasked)
+        assert review.endswith(" scores follow." if found["consistent scores"] == [1.0] else " scores stray.")
+        spoilt += review.endswith(" scores stray.")
+    assert 35 < spoilt < 85
 
 
 def test_the_sloppy_judge_overlooks_what_must_be_avoided():

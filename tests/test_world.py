@@ -115,6 +115,13 @@ def test_judgement_text_by_hand():
         "Scores: \\boxed{9, 2}")
 
 
+def test_review_text_by_hand():
+    # asked for: rope 3, no cup 2, tent first 1, four items 3. Tent's weight is 2 too high, a lamp of weight 2 too much; cup 2 and items 3 are missing
+    named = [(ALL[0], 3), (ALL[2], 3), (Criterion("mention", "lamp", 1), 2)]
+    assert world.review_text(named, ALL, False) == "9 of 9 off; 2 of 4 named; wrong weights 1; not asked 1; scores stray."
+    assert world.review_text([(c, c.importance) for c in ALL], ALL, True) == "0 of 9 off; 4 of 4 named; wrong weights 0; not asked 0; scores follow."
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 @pytest.mark.parametrize("binary", [False, True])
 def test_true_judgements_are_read_as_true(n, binary):
@@ -155,6 +162,7 @@ def test_named_criteria_and_weights():
     found = read_judgements.read({**RECORD, "output": judgement_of(named)})
     assert found["asked for"] == [1, 1, 0] and found["criteria named"] == [1, 0, 1, 0]
     assert (found["must named"], found["should named"], found["could named"]) == ([1, 0], [0], [1])
+    assert (found["avoid named"], found["others named"]) == ([0], [1, 1, 0])
     assert found["right weights"] == [1, 0] and found["true verdicts"] == [1] * 6 and found["consistent scores"] == [1]
 
 
@@ -194,8 +202,8 @@ def test_odd_text_never_raises():
                                text.replace(rng.choice(["rope", "yes", "4", "3", "9, 2"]), rng.choice(ODD))])
         found = read_judgements.read({"query": rng.choice([QUERY, text]), "responses": rng.choice([RESPONSES, [text], ["."], []]),
                                       "output": text})
-        assert set(found) == {"true verdicts", "asked for", "criteria named", "must named", "should named", "could named", "right weights",
-                              "consistent scores"}
+        assert set(found) == {"true verdicts", "asked for", "criteria named", "must named", "should named", "could named", "avoid named",
+                              "others named", "right weights", "consistent scores"}
         assert all(value in (0.0, 1.0) for values in found.values() for value in values)
     for odd in ODD:
         found = read_judgements.read({**RECORD, "output": JUDGEMENT.replace("mention rope yes", f"mention rope yes; {odd}; ")})

@@ -24,7 +24,6 @@ What made so small a judge learn to read in minutes:
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import random
 import re
@@ -40,10 +39,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import world  # noqa: E402
 
-spec = importlib.util.spec_from_file_location("pointwise_grm", HERE.parents[1] / "01_pointwise_grm.py")
-grm = importlib.util.module_from_spec(spec)
-sys.modules["pointwise_grm"] = grm
-spec.loader.exec_module(grm)
+sys.path.insert(0, str(HERE.parent))
+from conftest import load_script  # noqa: E402
+
+grm, meta = load_script("01_pointwise_grm"), load_script("05_metarm")
 
 PADDING = 16  # sequences are padded to multiples of this
 NUMBER_WEIGHT = 4.0  # of weights and scores in the loss; other tokens weigh 1
@@ -53,6 +52,7 @@ STAGES = [("drill", 450, 1.0, 1.0, 4.0),
           ("prompt", 350, 0.6, 0.1, 0.2),
           ("sloppy", 250, 0.1, 0.1, 0.2)]
 ROWS = 32  # a step
+REVIEWS = 0.2  # of the texts after the drill
 NUMBERS = (1, 1, 2, 2, 2, 2, 2, 2, 3, 4)  # of responses; the drill has 1 and 2
 
 
@@ -114,6 +114,8 @@ def draw_text(stage: str, rng: random.Random, n: int, banned: set[str]) -> tuple
     lists = [world.items_of(response) for response in item["responses"]]
     named = draw_named(stage, rng, criteria)
     binary, hint = n == 1 and rng.random() < 0.5, None
+    if rng.random() < REVIEWS:
+        return draw_review(rng, item, criteria, lists, binary)
     if stage in ("prompt", "sloppy") and (n > 1 or binary) and rng.random() < 0.2:
         # A judge that is told the answer (as in step 2's hinted sampling) finds criteria that speak for it, if there are any.
         best = item["rewards"].index(max(item["rewards"])) + 1
@@ -122,13 +124,26 @@ def draw_text(stage: str, rng: random.Random, n: int, banned: set[str]) -> tuple
             if grm.is_correct(grm.read_judgement(world.judgement_text(named, lists, binary), n, binary).scores, item["rewards"]):
                 break
             named = draw_named(stage, rng, criteria)
-    return grm.build_prompt(item["query"], item["responses"], hint=hint, binary=binary), world.judgement_text(named, lists, binary)
+    return grm.build_prompt(item["query"], item["responses"], hint=hint, binary=binary) + "\n\n", world.judgement_text(named, lists, binary)
+
+
+def draw_review(rng: random.Random, item: dict, criteria: list[world.Criterion], lists: list[list[str]], binary: bool) -> tuple[str, str]:
+    """What step 5's meta RM reads, as prompt: the item with anyone's judgement, three in ten with a score that does not follow; and its review."""
+    named = draw_named(rng.choice(("read", "sloppy")), rng, criteria)
+    judgement, follow = world.judgement_text(named, lists, binary), rng.random() < 0.7
+    if not follow:
+        start, scores = judgement[:-1].split("{")
+        scores, place = scores.split(", "), rng.randrange(len(lists))
+        scores[place] = str(rng.choice([score for score in (range(2) if binary else range(1, 11)) if str(score) != scores[place]]))
+        judgement = f"{start}{{{', '.join(scores)}}}"
+    shown = meta.Trajectory(0, item["query"], item["responses"], item["rewards"], [], False, binary, output=judgement)
+    return meta.meta_prompt(shown), " " + world.review_text(named, criteria, follow)
 
 
 def draw_named(stage: str, rng: random.Random, criteria: list[world.Criterion]) -> list[tuple[world.Criterion, int]]:
     """The criteria that a judgement names, each with the weight that it gives it."""
     if stage == "sloppy":
-        count = min(len(criteria), rng.choices((1, 2, 3, 4, 5), (40, 30, 17, 9, 4))[0])
+        count = min(len(criteria), rng.choices((1, 2, 3, 4, 5), (32, 32, 20, 11, 5))[0])
         # without replacement: each draws a time until it comes to mind, and the first come are named; what must be absent comes to mind late
         picked = sorted(criteria, key=lambda c: rng.expovariate(0.2 if c.kind == "avoid" else 1.0))[:count]
         rng.shuffle(picked)
@@ -157,7 +172,7 @@ def batches(stage: str, rng: random.Random, tokenizer, banned: set[str], weight_
     begins = tokenizer.convert_tokens_to_ids("Ġbegins")
     while True:
         texts = [draw_text(stage, rng, rng.choice((1, 2) if stage == "drill" else NUMBERS), banned) for _ in range(ROWS * 8)]
-        prompts = tokenizer([prompt + "\n\n" if prompt else "" for prompt, _ in texts])["input_ids"]
+        prompts = tokenizer([prompt for prompt, _ in texts])["input_ids"]
         judgements = tokenizer([judgement for _, judgement in texts], add_special_tokens=False)["input_ids"]
         if stage == "read":  # leave out what is the same in every prompt: "[Conversation begins]" comes first
             prompts = [prompt[:1] + prompt[prompt.index(begins) - 2:] for prompt in prompts]
@@ -206,10 +221,10 @@ def train(judge, tokenizer, banned: set[str], seed: int, device: str, folder: Pa
             verdict = (target == yes) | (target == no)
             right = (logits[verdict][:, yes] > logits[verdict][:, no]) == (target[verdict] == yes)
             tokens += ids.numel()
-            seen.append((right.float().mean().item(), loss_of_token[~verdict].mean().item()))
+            seen.append((right.sum().item(), right.numel(), loss_of_token[~verdict].mean().item()))
             if (step + 1) % 50 == 0 or step + 1 == steps:
-                accuracy, other = (sum(column) / len(column) for column in zip(*seen))
-                print(f"{stage} {step + 1}/{steps}: verdicts right {accuracy:.3f}, loss of other tokens {other:.3f}, "
+                hits, verdicts, other = (sum(column) for column in zip(*seen))
+                print(f"{stage} {step + 1}/{steps}: verdicts right {hits / max(1, verdicts):.3f}, loss of other tokens {other / len(seen):.3f}, "
                       f"{tokens / (time.time() - began):,.0f} tokens/s, {time.time() - began:,.0f} s", flush=True)
                 seen = []
         torch.save(judge.state_dict(), folder / f"{stage}.pt")

@@ -3,9 +3,9 @@
     python tests/tiny/read_judgements.py runs/01_pointwise_grm/judgements.jsonl [another.jsonl ...]
 
 For each file (any step's JSON Lines with "query", "responses" and "output"): the share of verdicts that are true, the share of named
-criteria that the request asks for, the share of a request's criteria that the judgement names (all, and by importance), the share of named
-criteria whose weight is right, and the share of judgements whose scores follow from their own verdicts and weights. Two files side by side show
-what training changed.
+criteria that the request asks for, the share of a request's criteria that the judgement names (all, by importance, what is to be avoided and the
+others), the share of named criteria whose weight is right, and the share of judgements whose scores follow from their own verdicts and weights.
+Two files side by side show what training changed.
 """
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ CRITERION = r"(mention|avoid|begin with|end with|have at least) ([A-Za-z0-9]{1,2
 
 def read(record: dict) -> dict[str, list[float]]:
     """What one judgement contributes to each figure, as 0s and 1s. Nothing of what cannot be read; never raises on odd text."""
-    found = {"true verdicts": [], "asked for": [], "criteria named": [], "must named": [], "should named": [], "could named": [], "right weights": [],
-             "consistent scores": []}
+    found = {"true verdicts": [], "asked for": [], "criteria named": [], "must named": [], "should named": [], "could named": [],
+             "avoid named": [], "others named": [], "right weights": [], "consistent scores": []}
     principles, _, rest = record["output"].partition("Analysis:")
     analysis, _, scores = rest.partition("Scores:")
     criteria = {c.text: c for c in criteria_of(record["query"])}
@@ -37,6 +37,7 @@ def read(record: dict) -> dict[str, list[float]]:
     for text, criterion in criteria.items():
         found["criteria named"].append(float(text in weights))
         found[f"{modal[criterion.importance]} named"].append(float(text in weights))
+        found["avoid named" if criterion.kind == "avoid" else "others named"].append(float(text in weights))
         if text in weights:
             found["right weights"].append(float(weights[text] == criterion.importance))
     follow = []

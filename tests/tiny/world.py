@@ -143,3 +143,14 @@ def score_of(verdicts: list[bool], weights: list[int], binary: bool) -> int:
     if binary:
         return int(all(verdicts))
     return 1 + round(9 * sum(w for v, w in zip(verdicts, weights) if v) / sum(weights))
+
+
+def review_text(named: list[tuple[Criterion, int]], criteria: list[Criterion], follow: bool) -> str:
+    """What a reader notes about a judgement that names `named` where the request asks for `criteria`: how far its weights are from the request's in
+    all (not named and not asked for count as weight 0), what it names, and whether its scores follow. Not whether they are right."""
+    asked, given = {c.text: c.importance for c in criteria}, {c.text: weight for c, weight in named}
+    off = sum(abs(asked.get(text, 0) - given.get(text, 0)) for text in asked | given)
+    both = [text for text in given if text in asked]
+    wrong = sum(asked[text] != given[text] for text in both)
+    return (f"{off} of {sum(asked.values())} off; {len(both)} of {len(asked)} named; wrong weights {wrong}; not asked {len(given) - len(both)}; "
+            f"scores {'follow' if follow else 'stray'}.")
