@@ -117,17 +117,6 @@ def tied(t: Trajectory) -> bool:
     return t.scores is not None and t.scores.count(max(t.scores)) > 1
 
 
-def table_of_labels(sources: dict[str, list[Trajectory]], share: float) -> str:
-    """How many judgements of each source are right and wrong by Eq. 10, to learn from and held out."""
-    text = f"\n  {'judgements':<34}{'all':>8}{'unreadable':>12}{'learn: right':>14}{'wrong':>8}{'held out: right':>18}{'wrong':>8}\n"
-    for title, judgements in sources.items():
-        counts = [sum(t.correct == right and set_aside(t.query, share) == out for t in judgements if t.scores is not None)
-                  for out in (False, True) for right in (True, False)]
-        text += (f"  {title:<34}{len(judgements):8}{sum(t.scores is None for t in judgements):12}{counts[0]:14}{counts[1]:8}{counts[2]:18}"
-                 f"{counts[3]:8}\n")
-    return text
-
-
 def meta_model(base: str, args):
     """A causal language model with one logit in the place of its vocabulary, in transformers' own class for sequence classification, ready for
     training, and its tokenizer. The head starts at zero: every judgement is as likely right as wrong. Raises ModelError."""
@@ -145,16 +134,6 @@ def meta_model(base: str, args):
     model.score = torch.nn.Linear(model.score.in_features, 1, bias=False, device=causal.device, dtype=torch.float32)
     torch.nn.init.zeros_(model.score.weight)
     return model, tokenizer
-
-
-def save_meta(model, tokenizer, folder: Path, base: str) -> None:
-    """As save_model; with adapters, the head goes with them, where `peft` looks for it."""
-    save_model(model, tokenizer, folder, base)
-    path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    if path.exists():
-        config = json.loads(path.read_text()) | {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
-        path.write_text(json.dumps(config, indent=1) + "\n")
-        save_file(load_file(weights) | {"base_model.model.score.weight": model.score.weight.detach().cpu().contiguous()}, weights)
 
 
 def meta_rewards(model, texts: list[list[int]]) -> torch.Tensor:
@@ -227,8 +206,9 @@ def vote_oracle(scores: torch.Tensor, correct: torch.Tensor, index: torch.Tensor
 
 
 def guide(items: list[Preference], samples: list[Trajectory], rewards: list[float], total: int, share: float) -> dict:
-    """Everything that is printed and plotted about guided voting: figures are [mean, low, high] with a 95% interval over items with two or more
-    responses, clustered by query; differences are paired and have their standard error as `..._se`."""
+    """Everything that is printed and plotted about guided voting. Figures are [mean, low, high] with a 95% interval over items with two or more
+    responses, clustered by query; differences are paired and have their standard error as `..._se`. "alone": (mean, standard error) of single
+    samples by quarters, from the most trusted to the least, and of the difference between these two."""
     many = [i for i, item in enumerate(items) if len(item.responses) > 1]
     queries = [str(items[i].query) for i in many]
     scores = score_tensor(samples, total)[many]
@@ -259,6 +239,9 @@ def guide(items: list[Preference], samples: list[Trajectory], rewards: list[floa
         oracle = accuracy(lambda index: vote_oracle(scores, correct, index), k)
         result["curve"].append(row(k, keep(k)) | {"oracle": bootstrap(oracle, queries)})
     result["by_k_meta"] = [row(total, k_meta) for k_meta in sorted({1, max(1, total // 4), max(1, total // 2), total})]
+    order, edges = trust.argsort(-1, descending=True)[..., None], sorted({total * quarter // 4 for quarter in range(5)})
+    alone = [right_and_tied(vote_sum(take(scores, order[:, low:high])), best)["accuracy"] for low, high in itertools.pairwise(edges)]
+    result["alone"] = [mean_and_se(values.tolist(), queries) for values in [*alone, alone[0] - alone[-1]]]
     judged = [(reward, t.correct, t.item, tied(t)) for t, reward in zip(samples, rewards)
               if t.scores is not None and len(t.responses) > 1]
     within = [of_one[0] for _, group in itertools.groupby(judged, key=lambda one: one[2])
@@ -267,59 +250,6 @@ def guide(items: list[Preference], samples: list[Trajectory], rewards: list[floa
                      "those without a tie at the top": clustered_auc(*zip(*[one[:3] for one in judged if not one[3]])),
                      "two of the same item": mean_and_se(within, range(len(within)))}
     return result
-
-
-def table_of_guided(result: dict) -> str:
-    """What a run prints, in the manner of Tables 3 and 4."""
-    def line(title, row, oracle=""):
-        return (f"  {title:<20}{percent(row['unguided']):>19}{percent(row['guided']):>19}{percent(row['gain'], '+'):>21}"
-                f"{100 * row['gain_se']:9.1f}{oracle:>22}").rstrip() + "\n"
-
-    text = "\nmeta reward, ROC-AUC in percent +- standard error\n"
-    for name, (auc, se) in result["auc"].items():
-        text += f"  {name:<44}{100 * auc:6.1f} +- {100 * se:.1f}\n"
-    text += (f"\n{result['items']} items with two or more responses; accuracy in percent [95% interval], ties are coin tosses; the gain is paired\n"
-             f"  {'':<20}{'unguided':>19}{'guided':>19}{'gain':>21}{'its SE':>9}{'oracle':>22}\n")
-    for row in result["curve"]:
-        text += line(f"k = {row['k']}, k_meta = {row['k_meta']}", row, percent(row["oracle"]))
-    for row in result["by_k_meta"]:
-        text += line(f"k = {row['k']}, k_meta = {row['k_meta']}", row)
-    few, total = result["few"], result["curve"][-1]["k"]
-    return text + f"  MetaRM@{few['k']} against voting@{total}:\n" + line("", few)
-
-
-def plot_guided(result: dict, path: Path) -> None:
-    """Accuracy over k, guided, unguided and with an oracle's choice, after the paper's Figure 1; beside it the paired gain of guiding."""
-    ks = [row["k"] for row in result["curve"]]
-    with matplotlib.rc_context({"font.size": 14}):
-        figure = Figure(figsize=(14, 5.5), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        draw_curves(left, {name: (ks, [row[key] for row in result["curve"]]) for name, key in (
-            ("guided by the meta RM", "guided"), ("unguided", "unguided"), ("oracle: the correct samples", "oracle"))})
-        draw_curves(right, {"guided - unguided": (ks, [row["gain"] for row in result["curve"]])})
-        right.axhline(0, color="0.3", linewidth=1)
-        left.legend(frameon=False, loc="lower right")
-        for axes, label in ((left, "accuracy, %"), (right, "gain of guiding, paired, percentage points")):
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(ks, [str(k) for k in ks])
-            axes.set_xlabel("samples per item, k (guided: the k/2 most trusted)")
-            axes.set_ylabel(label)
-        figure.savefig(path, format="png", dpi=150)
-
-
-def side_by_side(item: Preference, samples: list[Trajectory], rewards: list[float], width: int = 72) -> str:
-    """The most and the least trusted of an item's judgements in two columns, below what they judge."""
-    ends = sorted((reward, number) for number, reward in enumerate(rewards) if reward > -math.inf)
-    turns = item.query if isinstance(item.query, list) else [{"role": "user", "content": item.query}]
-    columns, text = [], "\n" + "\n".join(textwrap.fill(f"{turn['role']}: {turn['content']}", 2 * width) for turn in turns) + "\n"
-    for number, (response, reward) in enumerate(zip(item.responses, item.rewards), 1):
-        text += textwrap.fill(f"y{number}, true reward {reward:g}: {response}", 2 * width) + "\n"
-    for title, (reward, number) in (("most", ends[-1]), ("least", ends[0])):
-        t = samples[number]
-        places = ", ".join(f"Response {place} is y{i + 1}" for place, i in enumerate(t.order, 1))
-        lines = [f"--- {title} trusted: meta reward {reward:+.2f}; {'right' if t.correct else 'wrong'} ---", places, *t.output.splitlines()]
-        columns.append([part for line in lines for part in textwrap.wrap(line, width - 4) or [""]])
-    return text + "".join(f"{left:<{width}}{right}".rstrip() + "\n" for left, right in itertools.zip_longest(*columns, fillvalue=""))
 
 
 def main():
@@ -359,10 +289,7 @@ def main():
     option("--seed", type=int, default=0, help="of everything")
     option("--out", default="runs/05_metarm", help="folder for everything that is written")
     args = parser.parse_args()
-    if args.base is None:
-        adapter = Path(args.model, "adapter_config.json")
-        args.base = (os.path.relpath(HERE / "tests/tiny/judge") if args.model == parser.get_default("model") else
-                     json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else args.model)
+    args.base = args.base or (os.path.relpath(HERE / "tests/tiny/judge") if args.model == parser.get_default("model") else beneath(args.model))
     for wrong, message in ((min(args.limit, args.eval_limit, args.n_fresh, args.k, args.train_batch, args.micro_tokens, args.save_every,
                                 args.max_new_tokens) < 1, "counts must be at least 1"),
                            (args.batch_size is not None and args.batch_size < 1, "--batch-size must be at least 1"),
@@ -428,6 +355,94 @@ def main():
     results = json.loads(json.dumps(results), parse_constant=lambda _: None)  # JSON has no NaN
     put(out / "results.json", lambda aside: aside.write_text(json.dumps(results, indent=1) + "\n"))
     print(f"{results['seconds']:.0f} s. Everything is in {out}/: model/, rewards.jsonl, log.jsonl, guided.png, results.json")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------------
+# How it is shown and kept: tables, the plot, two judgements side by side, a meta RM in a folder.
+# ------------------------------------------------------------------------------------------------------------------------------------------
+
+def table_of_labels(sources: dict[str, list[Trajectory]], share: float) -> str:
+    """How many judgements of each source are right and wrong by Eq. 10, to learn from and held out."""
+    text = f"\n  {'judgements':<34}{'all':>8}{'unreadable':>12}{'learn: right':>14}{'wrong':>8}{'held out: right':>18}{'wrong':>8}\n"
+    for title, judgements in sources.items():
+        counts = [sum(t.correct == right and set_aside(t.query, share) == out for t in judgements if t.scores is not None)
+                  for out in (False, True) for right in (True, False)]
+        text += (f"  {title:<34}{len(judgements):8}{sum(t.scores is None for t in judgements):12}{counts[0]:14}{counts[1]:8}{counts[2]:18}"
+                 f"{counts[3]:8}\n")
+    return text
+
+
+def beneath(model: str) -> str:
+    """The model that an adapter in the folder `model` was trained on; `model` itself if there is none (or none that can be read)."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return json.loads(Path(model, "adapter_config.json").read_text())["base_model_name_or_path"]
+    return model
+
+
+def save_meta(model, tokenizer, folder: Path, base: str) -> None:
+    """As save_model; with adapters, the head goes with them, where `peft` looks for it."""
+    save_model(model, tokenizer, folder, base)
+    path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if path.exists():
+        config = json.loads(path.read_text()) | {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+        path.write_text(json.dumps(config, indent=1) + "\n")
+        save_file(load_file(weights) | {"base_model.model.score.weight": model.score.weight.detach().cpu().contiguous()}, weights)
+
+
+def table_of_guided(result: dict) -> str:
+    """What a run prints, in the manner of Tables 3 and 4."""
+    def line(title, row, oracle=""):
+        return (f"  {title:<20}{percent(row['unguided']):>19}{percent(row['guided']):>19}{percent(row['gain'], '+'):>21}"
+                f"{100 * row['gain_se']:9.1f}{oracle:>22}").rstrip() + "\n"
+
+    text = "\nmeta reward, ROC-AUC in percent +- standard error\n"
+    for name, (auc, se) in result["auc"].items():
+        text += f"  {name:<44}{100 * auc:6.1f} +- {100 * se:.1f}\n"
+    *alone, (apart, apart_se) = result["alone"]
+    text += (f"\none sample alone, from the most to the least trusted quarter of an item's: {', '.join(f'{100 * mean:.1f}' for mean, _ in alone)} %; "
+             f"most minus least {100 * apart:+.1f} +- {100 * apart_se:.1f}\n")
+    text += (f"\n{result['items']} items with two or more responses; accuracy in percent [95% interval], ties are coin tosses; the gain is paired\n"
+             f"  {'':<20}{'unguided':>19}{'guided':>19}{'gain':>21}{'its SE':>9}{'oracle':>22}\n")
+    for row in result["curve"]:
+        text += line(f"k = {row['k']}, k_meta = {row['k_meta']}", row, percent(row["oracle"]))
+    for row in result["by_k_meta"]:
+        text += line(f"k = {row['k']}, k_meta = {row['k_meta']}", row)
+    few, total = result["few"], result["curve"][-1]["k"]
+    return text + f"  MetaRM@{few['k']} against voting@{total}:\n" + line("", few)
+
+
+def plot_guided(result: dict, path: Path) -> None:
+    """Accuracy over k, guided, unguided and with an oracle's choice, after the paper's Figure 1; beside it the paired gain of guiding."""
+    ks = [row["k"] for row in result["curve"]]
+    with matplotlib.rc_context({"font.size": 14}):
+        figure = Figure(figsize=(14, 5.5), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        draw_curves(left, {name: (ks, [row[key] for row in result["curve"]]) for name, key in (
+            ("guided by the meta RM", "guided"), ("unguided", "unguided"), ("oracle: the correct samples", "oracle"))})
+        draw_curves(right, {"guided - unguided": (ks, [row["gain"] for row in result["curve"]])})
+        right.axhline(0, color="0.3", linewidth=1)
+        left.legend(frameon=False, loc="lower right")
+        for axes, label in ((left, "accuracy, %"), (right, "gain of guiding, paired, percentage points")):
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ks, [str(k) for k in ks])
+            axes.set_xlabel("samples per item, k (guided: the k/2 most trusted)")
+            axes.set_ylabel(label)
+        figure.savefig(path, format="png", dpi=150)
+
+
+def side_by_side(item: Preference, samples: list[Trajectory], rewards: list[float], width: int = 72) -> str:
+    """The most and the least trusted of an item's judgements in two columns, below what they judge."""
+    ends = sorted((reward, number) for number, reward in enumerate(rewards) if reward > -math.inf)
+    turns = item.query if isinstance(item.query, list) else [{"role": "user", "content": item.query}]
+    columns, text = [], "\n" + "\n".join(textwrap.fill(f"{turn['role']}: {turn['content']}", 2 * width) for turn in turns) + "\n"
+    for number, (response, reward) in enumerate(zip(item.responses, item.rewards), 1):
+        text += textwrap.fill(f"y{number}, true reward {reward:g}: {response}", 2 * width) + "\n"
+    for title, (reward, number) in (("most", ends[-1]), ("least", ends[0])):
+        t = samples[number]
+        places = ", ".join(f"Response {place} is y{i + 1}" for place, i in enumerate(t.order, 1))
+        lines = [f"--- {title} trusted: meta reward {reward:+.2f}; {'right' if t.correct else 'wrong'} ---", places, *t.output.splitlines()]
+        columns.append([part for line in lines for part in textwrap.wrap(line, width - 4) or [""]])
+    return text + "".join(f"{left:<{width}}{right}".rstrip() + "\n" for left, right in itertools.zip_longest(*columns, fillvalue=""))
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------------

@@ -104,8 +104,11 @@ def test_figures_of_guided_voting_by_hand():
     # MetaRM@1 (here a share of a half of 1 is 1) against both summed
     assert result["few"]["k"] == 1 and result["few"]["gain"][0] == pytest.approx(0.625 - 0.5)
     assert result["auc"]["these samples"][0] == 1 and result["auc"]["two of the same item"][0] == 1
+    # the more trusted half: right twice; the other: wrong, and a tie. Differences of 1 and 0.5
+    assert result["alone"] == [(1, 0), pytest.approx((0.25, 0.25)), pytest.approx((0.75, 0.25))]
     assert result["auc"]["those without a tie at the top"][0] == 1
     text = meta.table_of_guided(result | {"auc": {"n held-out judgements": (0.7, 0.02)} | result["auc"]})
+    assert "quarter of an item's: 100.0, 25.0 %; most minus least +75.0 +- 25.0" in text
     assert "70.0 +- 2.0" in text and "k = 2, k_meta = 1" in text and "MetaRM@1 against voting@2" in text and "+50.0 [" in text
 
 
@@ -253,6 +256,13 @@ def test_fresh_judgements_go_on_where_they_were_cut_off(tmp_path):
     assert meta.sample_judgements("fresh", items, 1.0, None, OPTIONS, tmp_path, at_once=8) == whole  # nothing is left to sample
     meta.sample_judgements("fresh", items[:4], 1.0, load, OPTIONS, tmp_path)
     assert len(list(tmp_path.iterdir())) == 2  # other items are another file
+
+
+def test_the_meta_rm_is_made_of_what_lies_beneath_an_adapter(tmp_path):
+    assert meta.beneath("google/gemma-3-4b-it") == "google/gemma-3-4b-it" and meta.beneath(str(JUDGE)) == str(JUDGE)
+    for text, base in ('{"base_model_name_or_path": "a/b"}', "a/b"), ("{", str(tmp_path)), ("{}", str(tmp_path)), ("[]", str(tmp_path)):
+        (tmp_path / "adapter_config.json").write_text(text)
+        assert meta.beneath(str(tmp_path)) == base
 
 
 def test_most_and_least_trusted_stand_side_by_side():

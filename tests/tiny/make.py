@@ -1,6 +1,6 @@
 """Makes the embedded default: tokenizer, judge, train.jsonl and eval.jsonl, all from one seed.
 
-    python tests/tiny/make.py --out tests/tiny            # about 16 minutes on 2 cores
+    python tests/tiny/make.py --out tests/tiny            # about 14 minutes on 2 cores
     python tests/tiny/make.py --out /tmp/trial --scale 0.1            # a trial: a tenth of the steps
 
 The judge has a Gemma 3 architecture and 1.16 million parameters. It learns in four stages:
@@ -9,10 +9,14 @@ The judge has a Gemma 3 architecture and 1.16 million parameters. It learns in f
 3. prompt  the same with the whole prompt of 01_pointwise_grm.py; one prompt in five ends with a hint, and the criteria then speak for it
 4. sloppy  one of the criteria, or two, seldom all; what must be avoided comes to mind late; an importance that is sometimes wrong; and in requests
            that set no length, often a demand for a long list in the place of one of them: a taste for length, which many a judge has
-The blind spot is shared: samples add up to a judgement that weighs what must be avoided too little, and more samples do not mend that. Who names
-more of the request is right more often, and a reader can see how much a judgement names: that is what a meta reward model can learn.
+The blind spot is shared: samples add up to a judgement that weighs what must be avoided too little, and more samples do not mend that.
 What it is taught is always consistent and its verdicts are always the truth: that it misreads at the end is its own error. We stop teaching
 it to read early (verdicts weigh little in the last two stages), because a judge that reads perfectly leaves nothing to vote about.
+
+After the drill, one text in five is a review: somebody's judgement, careful or sloppy, at times with a score that does not follow, is read and not
+learnt, and what is learnt is a note of how far its weights are from the request's, how much of it it names, and whether its scores follow. It does
+not say whether the judgement is right. A language model has read such notes by the million; without any, a million parameters learn 5,400
+judgements by heart before they learn from 5,400 labels to compare a judgement with its request, which is what step 5 asks of a meta reward model.
 
 What made so small a judge learn to read in minutes:
 - a drill first: six verdicts a response, hard to guess, on text that holds little else
