@@ -28,11 +28,10 @@ after.jsonl (the judgements that are measured), results.json. A run prints stric
 sample at temperature 0.5, 8 samples summed.
 
 What does RL learn? Read judgements, not only rewards: `python tests/tiny/read_judgements.py runs/03_grpo/before.jsonl runs/03_grpo/after.jsonl`.
-Eq. 11 pays for the order of the scores alone, and a tie costs as much as a wrong choice. So the embedded judge learns to name more of what is asked for, which is
-what we want, and to tell ties apart by scores that do not follow from its own verdicts, which is what we pay for. The KL term holds the second
-back: it names 62% of the criteria before and 83% after this run, and its scores follow from their verdicts in 88% of the judgements and then in
-72%. With --beta 0 (25 steps, held-out items of train.jsonl) it named 93%, but only 17% of its scores followed; one sample gained 10 points of strict
-accuracy, and the sum of four gained none (-2 +- 4). Conclude: a rising reward says that what is paid for grows.
+Eq. 11 pays for the order of the scores alone, and a tie costs as much as a wrong choice. So the embedded judge learns to name more of what is asked
+for, which is what we want, and to tell ties apart by scores that do not follow from its own verdicts, which is what we pay for: it names 62% of the
+criteria before and 80% after this run, and its scores follow from their verdicts in 71% of the judgements and then in 49%. The KL term holds the
+second back: @@BETA@@ Conclude: a rising reward says that what is paid for grows.
 
 Exercises (what is asked for goes into this file, above main(); the check says what was expected, and shows what comes of it)
 1. Dr. GRPO (Liu et al. 2025) does not divide by std(r): add group_advantages(rewards, divide=True). FAVOUR = (divided, not divided): the sum of
