@@ -1,4 +1,4 @@
-"""Step 5: a meta reward model (meta RM) that says which judgements to trust, and voting guided by it. Little training, better votes.
+"""Step 5: a meta reward model (meta RM) that says which judgements to trust, and voting guided by it.
 
 Voting counts every judgement alike, the careless ones too. Whether a judgement's scores were correct (Eq. 10) is known on training items, and a
 scalar model can learn to foretell it (SPCT, arXiv 2504.02495, section 4): it reads the conversation, the responses, and the judgement with its
@@ -8,9 +8,10 @@ principles, critique and scores, and its one logit is the meta reward, learnt by
 
 It learns from what step 2 sampled, right and wrong (without hints, as the judge will be asked), and from fresh judgements of the judge that is to
 be guided: their errors are the ones it will meet. (Judgements with a tie at the top are wrong by Eq. 10 and decide nothing; unlike the paper's,
-this small meta RM is not shown them unless --with-ties says so: it would learn to see ties and little else.) Guided voting then keeps, of k
+this small meta RM is not shown them unless --with-ties says so: ties are easily told, and guiding gained less.) Guided voting then keeps, of k
 samples, the k_meta with the highest meta reward (default k/2; --k-meta sets the share) and sums those (Eq. 14). Nothing is asked twice: step 4's
-samples are voted on again, and the truth serves only to measure: the oracle line keeps exactly the correct samples.
+samples are voted on again, and the truth serves only to measure: the oracle line keeps exactly the correct samples. With --model tests/tiny/judge
+guiding gains (7.0 +- 2.5 points with 16 of 32); for the embedded judge after GRPO, the default, it does not (-1.3 +- 1.5). Look at both, and ask why.
 
     python 05_metarm.py                                                            the latest embedded judge, 2 CPU cores, under 6 minutes
     python 05_metarm.py --model google/gemma-3-4b-it --base google/gemma-3-4b-it --quantize nf4 --data train.jsonl --eval eval.jsonl --lr 1e-4
@@ -30,7 +31,7 @@ Exercises (what is asked for goes into this file, above main(); the check says w
 3. Guided voting compares judgements of one item alone. Write ranking_loss(rewards, labels, items): the mean of -log sigmoid(right - wrong) over all
    pairs of a right and a wrong judgement of the same item, 0 without any. rewards is a tensor (n,), labels a list of 0 and 1, items one of item
    numbers. Check: pytest tests/exercises.py -k 05_3
-Then look: --k-meta 0.25 trusts the meta reward more, --k-meta 0.75 less. Where is the best share, and how far is it from the perfect one's?
+Then look: --k-meta 0.25 trusts the meta reward more, --k-meta 0.75 less. Where is the best share, and for which judge?
 """
 from __future__ import annotations
 
@@ -113,7 +114,7 @@ def set_aside(query: str | list[dict], share: float) -> bool:
 
 def tied(t: Trajectory) -> bool:
     """Whether several responses share the highest score. Eq. 10 calls that wrong, and needs no model to say so; in a vote it decides nothing between
-    them. A small meta RM that is shown ties learns to see them and little else, so by default it is not."""
+    them. A small meta RM that was shown ties learnt to tell them, and guided less well, so by default it is not."""
     return t.scores is not None and t.scores.count(max(t.scores)) > 1
 
 

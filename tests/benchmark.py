@@ -342,7 +342,7 @@ def scale(args):
     if not here:
         return print("nothing was run: that needs a GPU")
     torch.manual_seed(0)
-    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=None, decode=lambda ids, **_: "")
+    tokenizer = SimpleNamespace(chat_template=None, pad_token_id=0, eos_token_id=None, decode=lambda ids, **_: "")
     live, start = Live(), time.perf_counter()
 
     def highest(run):

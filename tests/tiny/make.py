@@ -15,8 +15,8 @@ it to read early (verdicts weigh little in the last two stages), because a judge
 
 After the drill, one text in five is a review: somebody's judgement, careful or sloppy, at times with a score that does not follow, is read and not
 learnt, and what is learnt is a note of how far its weights are from the request's, how much of it it names, and whether its scores follow. It does
-not say whether the judgement is right. A language model has read such notes by the million; without any, a million parameters learn 5,400
-judgements by heart before they learn from 5,400 labels to compare a judgement with its request, which is what step 5 asks of a meta reward model.
+not say whether the judgement is right. This stands in the place of what a language model can do anyway, compare a judgement with its request; without
+it, a million parameters learnt 5,400 judgements by heart sooner than that from 5,400 labels, which is what step 5 asks of a meta reward model.
 
 What made so small a judge learn to read in minutes:
 - a drill first: six verdicts a response, hard to guess, on text that holds little else
