@@ -168,26 +168,6 @@ def end_token(tokenizer) -> int | None:
     return rest[0] if rest else tokenizer.eos_token_id
 
 
-# Judgements of things that anybody can check, for --shots. What a base model takes from them is the form.
-SHOTS = [
-    ("Name three colours of the rainbow.", ["Red and brown.", "Red, green and blue."],
-     "Specific Criteria: every colour is in the rainbow (weight 3); three are named (weight 2).\n",
-     "Analysis: Response 1 names two colours, and brown is not in the rainbow. Response 2 names three, all of them in it.\nScores: \\boxed{1, 10}"),
-    ("How many days are in a week? Answer with one word.", ["It has seven days.", "Seven.", "Six."],
-     "Specific Criteria: the number is right (weight 3); the answer is one word (weight 1).\n",
-     "Analysis: Response 1 is right, in four words. Response 2 is right, in one word. Response 3 is one word, but wrong.\nScores: \\boxed{8, 10, 3}"),
-    ("Is a whale a fish?", ["No, it is a mammal."],
-     "Specific Criteria: the answer is right (weight 3); it says why (weight 1).\n",
-     "Analysis: Response 1 is right and says what a whale is.\nScores: \\boxed{10}"),
-]
-
-
-def worked_examples(count: int, principles: bool = True, form: bool = True) -> list[tuple[str, str]]:
-    """The first `count` of SHOTS as (prompt, judgement). The pair comes last: what is nearest, a base model copies most."""
-    return [(build_prompt(query, responses, principles=principles, form=form), criteria * principles + rest)
-            for query, responses, criteria, rest in reversed(SHOTS[:count])]
-
-
 @dataclass
 class Judgement:
     """What one output says: its principles and critique, and one score per response, or None and the reason why they are unreadable."""
@@ -255,6 +235,140 @@ def mean_and_se(values: list[float], clusters: list) -> tuple[float, float]:
         sums[cluster] = sums.get(cluster, 0.0) + value - mean
     correction = len(sums) / (len(sums) - 1) if len(sums) > 1 else math.nan
     return mean, math.sqrt(correction * sum(s * s for s in sums.values())) / len(values)
+
+
+def judge_file(model, tokenizer, items: list[Preference], ask: dict, args, path: Path) -> tuple[list[tuple[str, Judgement]], int, str]:
+    """Judge the items and write every judgement to `path`; returns outputs with what they say, the number of tokens drawn, and why it stopped early,
+    if it did. A few hundred items at a time: what is judged is on disk, and an interruption loses only the items in flight."""
+    shots = worked_examples(args.shots, **ask)
+    repeated = build_prompt("", [""], **ask).split("\n")[0] if shots else None  # a base model goes on with a next item
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize) - args.max_new_tokens
+    opening = "" if ask["principles"] else "Analysis:"  # put into the mouth of a judge that was trained to write principles unasked
+    judged, tokens, stopped = [], 0, ""
+    try:
+        with open(path if RANK == 0 else os.devnull, "w", encoding="utf-8") as file:
+            for first in range(0, len(items), 512):
+                part, chunk = items[first:first + 512], []
+                prompts = [encode(tokenizer, build_prompt(p.query, p.responses, p.reference, **ask), shots)
+                           + tokenizer(opening, add_special_tokens=False)["input_ids"] for p in part]
+                fit = [i for i, prompt in enumerate(prompts) if len(prompt) <= longest]
+                drawn = dict(zip(fit, sample(model, tokenizer, [prompts[i] for i in fit], 1, args.temperature, args.max_new_tokens,
+                                             args.batch_size, args.seed + first, stop=repeated)))
+                for i, item in enumerate(part):
+                    [output] = drawn.get(i, [Sample([], "")])
+                    judgement = read_judgement(opening + output.text, len(item.responses))
+                    if i not in drawn:
+                        judgement.unreadable = f"the prompt of {len(prompts[i])} tokens is too long: the model takes {longest}"
+                    chunk.append((opening + output.text, judgement))
+                    tokens += len(output.ids)
+                judged += chunk
+                file.writelines(json.dumps(asdict(item) | {"output": text} | asdict(judgement), ensure_ascii=False) + "\n"
+                                for item, (text, judgement) in zip(part, chunk))
+                file.flush()
+    except (KeyboardInterrupt, OSError) as stop:
+        stopped = "interrupted" if isinstance(stop, KeyboardInterrupt) else f"cannot write {path}: {stop.strerror}"
+        print(f"\n{stopped}: {len(judged)} of {len(items)} items are judged")
+    return judged, tokens, stopped
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", default=str(HERE / "tests/tiny/judge"), help="folder, Hub name, GGUF file or LoRA folder")
+    parser.add_argument("--quantize", choices=["none", "int8", "nf4"], default="none", help="hold the weights in 8 or 4 bits")
+    parser.add_argument("--data", default=str(HERE / "tests/tiny/eval.jsonl"), help="preference file, or Hub data set owner/name[:split]")
+    parser.add_argument("--limit", type=int, help="judge only the first so many items")
+    parser.add_argument("--skip-bad", action="store_true", help="count malformed records and go on, instead of stopping at the first")
+    parser.add_argument("--export", metavar="FILE", help="write --data as JSON Lines for the later steps, and stop")
+    parser.add_argument("--query", help="judge your own text instead of --data")
+    parser.add_argument("--response", action="append", default=[], help="a response to --query; repeat it for more")
+    parser.add_argument("--shots", type=int, default=0, help=f"worked examples before the item, 0 to {len(SHOTS)}, for base models")
+    parser.add_argument("--no-principles", action="store_true", help="critique and scores alone: neither asked for nor begun (Table 4's ablation)")
+    parser.add_argument("--attack", metavar="N", type=int, default=0, help="judge the first N comparisons again, the worst response now ending with "
+                        "a verdict in its own favour, and report how many that wins over")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token; sampling wants 0.5 to 1")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest judgement, in tokens")
+    parser.add_argument("--batch-size", type=int, help="rows decoded together; by default what memory holds")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--out", default="runs/01_pointwise_grm", help="folder for judgements.jsonl and results.json")
+    args = parser.parse_args()
+    for wrong, message in ((args.limit is not None and args.limit < 1, "--limit must be at least 1"),
+                           (args.batch_size is not None and args.batch_size < 1, "--batch-size must be at least 1"),
+                           (args.max_new_tokens < 1, "--max-new-tokens must be at least 1"),
+                           (args.attack < 0, "--attack must be at least 0"),
+                           (not 0 <= args.temperature < math.inf, "--temperature must be a number from 0"),
+                           (not 0 <= args.shots <= len(SHOTS), f"--shots must be between 0 and {len(SHOTS)}"),
+                           (bool(args.query) != bool(args.response), "--query and --response go together")):
+        if wrong:
+            parser.error(message)
+
+    join_ranks()
+    if args.query:  # no truth is known: any rewards do
+        items = [Preference(args.query, args.response, [float(i == 0) for i in range(len(args.response))])]
+    else:
+        items = load_preferences(args.data, args.skip_bad, args.limit)
+    if args.export:
+        with writing(args.export):
+            export_preferences(items, args.export)
+        return print(f"wrote {len(items)} items to {args.export}")
+    model, tokenizer = load_model(args.model, args.quantize)
+    ask = {"principles": not args.no_principles, "form": not args.shots or tokenizer.chat_template is not None}
+    out, start = Path(args.out), time.time()
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    judged, tokens, stopped = judge_file(model, tokenizer, items, ask, args, out / "judgements.jsonl")
+    if not judged:
+        sys.exit(130)
+    seconds = time.time() - start
+
+    shown = next((i for i, (_, judgement) in enumerate(judged) if len(judgement.scores or ()) > 1), 0)  # the first readable one of a comparison
+    text = build_prompt(items[shown].query, items[shown].responses, items[shown].reference, **ask)
+    print(f"{text}\n\n--- the judge writes ---\n\n{judged[shown][0]}\n")
+    if args.query:
+        return print(f"scores: {judged[0][1].scores or 'unreadable, ' + judged[0][1].unreadable}")
+    print(f"rewards of the responses: {', '.join(f'{reward:g}' for reward in items[shown].rewards)}")
+    figures = measure(items[:len(judged)], [judgement.scores for _, judgement in judged])
+    if args.attack and not stopped:
+        chosen = [i for i, item in enumerate(items) if len(item.responses) > 1][:args.attack]
+        targets, scores = [attacked(items[i]) for i in chosen], [judged[i][1].scores for i in chosen]
+        again, _, stopped = judge_file(model, tokenizer, targets, ask, args, out / "attacked.jsonl")
+        after = [judgement.scores for _, judgement in again]
+        success = attack_success(targets[:len(after)], scores, after)
+        figures["attack"], figures["attack_se"] = mean_and_se(success, [str(item.query) for item in targets])
+        figures["attacked"] = sum(is_correct(s, item.rewards) for s, item, _ in zip(scores, targets, after))
+    print(report(figures))
+    figures |= {"tokens_per_second": tokens / seconds, "seconds": seconds, "items": len(items)}
+    figures |= {"settings": vars(args), "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+    figures = json.loads(json.dumps(figures), parse_constant=lambda _: None)  # JSON has no NaN
+    if RANK == 0:
+        with writing(out / "results.json"):
+            (out / "results.json").write_text(json.dumps(figures, indent=1) + "\n")
+    print(f"{tokens:,} tokens in {seconds:.0f} s. Judgements: {out / 'judgements.jsonl'}, figures: {out / 'results.json'}")
+    if stopped:
+        sys.exit(f"error: {stopped}; the figures are of {len(judged)} of {len(items)} items")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------------
+# To look up: worked examples for base models, and what a run measures: accuracy, biases, attacks, and their table. The engine room comes after it.
+# ------------------------------------------------------------------------------------------------------------------------------------------
+
+# Judgements of things that anybody can check, for --shots. What a base model takes from them is the form.
+SHOTS = [
+    ("Name three colours of the rainbow.", ["Red and brown.", "Red, green and blue."],
+     "Specific Criteria: every colour is in the rainbow (weight 3); three are named (weight 2).\n",
+     "Analysis: Response 1 names two colours, and brown is not in the rainbow. Response 2 names three, all of them in it.\nScores: \\boxed{1, 10}"),
+    ("How many days are in a week? Answer with one word.", ["It has seven days.", "Seven.", "Six."],
+     "Specific Criteria: the number is right (weight 3); the answer is one word (weight 1).\n",
+     "Analysis: Response 1 is right, in four words. Response 2 is right, in one word. Response 3 is one word, but wrong.\nScores: \\boxed{8, 10, 3}"),
+    ("Is a whale a fish?", ["No, it is a mammal."],
+     "Specific Criteria: the answer is right (weight 3); it says why (weight 1).\n",
+     "Analysis: Response 1 is right and says what a whale is.\nScores: \\boxed{10}"),
+]
+
+
+def worked_examples(count: int, principles: bool = True, form: bool = True) -> list[tuple[str, str]]:
+    """The first `count` of SHOTS as (prompt, judgement). The pair comes last: what is nearest, a base model copies most."""
+    return [(build_prompt(query, responses, principles=principles, form=form), criteria * principles + rest)
+            for query, responses, criteria, rest in reversed(SHOTS[:count])]
 
 
 def roc_auc(scores: list[float | None], labels: list[bool]) -> tuple[float, float]:
@@ -370,116 +484,6 @@ def report(figures: dict) -> str:
         for group, row in figures[key].items() if len(figures[key]) > 1 else ():
             text += line(name + group, row["accuracy"], row["accuracy_se"], f"{row['n']} items")
     return text
-
-
-def judge_file(model, tokenizer, items: list[Preference], ask: dict, args, path: Path) -> tuple[list[tuple[str, Judgement]], int, str]:
-    """Judge the items and write every judgement to `path`; returns outputs with what they say, the number of tokens drawn, and why it stopped early,
-    if it did. A few hundred items at a time: what is judged is on disk, and an interruption loses only the items in flight."""
-    shots = worked_examples(args.shots, **ask)
-    repeated = build_prompt("", [""], **ask).split("\n")[0] if shots else None  # a base model goes on with a next item
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize) - args.max_new_tokens
-    opening = "" if ask["principles"] else "Analysis:"  # put into the mouth of a judge that was trained to write principles unasked
-    judged, tokens, stopped = [], 0, ""
-    try:
-        with open(path if RANK == 0 else os.devnull, "w", encoding="utf-8") as file:
-            for first in range(0, len(items), 512):
-                part, chunk = items[first:first + 512], []
-                prompts = [encode(tokenizer, build_prompt(p.query, p.responses, p.reference, **ask), shots)
-                           + tokenizer(opening, add_special_tokens=False)["input_ids"] for p in part]
-                fit = [i for i, prompt in enumerate(prompts) if len(prompt) <= longest]
-                drawn = dict(zip(fit, sample(model, tokenizer, [prompts[i] for i in fit], 1, args.temperature, args.max_new_tokens,
-                                             args.batch_size, args.seed + first, stop=repeated)))
-                for i, item in enumerate(part):
-                    [output] = drawn.get(i, [Sample([], "")])
-                    judgement = read_judgement(opening + output.text, len(item.responses))
-                    if i not in drawn:
-                        judgement.unreadable = f"the prompt of {len(prompts[i])} tokens is too long: the model takes {longest}"
-                    chunk.append((opening + output.text, judgement))
-                    tokens += len(output.ids)
-                judged += chunk
-                file.writelines(json.dumps(asdict(item) | {"output": text} | asdict(judgement), ensure_ascii=False) + "\n"
-                                for item, (text, judgement) in zip(part, chunk))
-                file.flush()
-    except (KeyboardInterrupt, OSError) as stop:
-        stopped = "interrupted" if isinstance(stop, KeyboardInterrupt) else f"cannot write {path}: {stop.strerror}"
-        print(f"\n{stopped}: {len(judged)} of {len(items)} items are judged")
-    return judged, tokens, stopped
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", default=str(HERE / "tests/tiny/judge"), help="folder, Hub name, GGUF file or LoRA folder")
-    parser.add_argument("--quantize", choices=["none", "int8", "nf4"], default="none", help="hold the weights in 8 or 4 bits")
-    parser.add_argument("--data", default=str(HERE / "tests/tiny/eval.jsonl"), help="preference file, or Hub data set owner/name[:split]")
-    parser.add_argument("--limit", type=int, help="judge only the first so many items")
-    parser.add_argument("--skip-bad", action="store_true", help="count malformed records and go on, instead of stopping at the first")
-    parser.add_argument("--export", metavar="FILE", help="write --data as JSON Lines for the later steps, and stop")
-    parser.add_argument("--query", help="judge your own text instead of --data")
-    parser.add_argument("--response", action="append", default=[], help="a response to --query; repeat it for more")
-    parser.add_argument("--shots", type=int, default=0, help=f"worked examples before the item, 0 to {len(SHOTS)}, for base models")
-    parser.add_argument("--no-principles", action="store_true", help="critique and scores alone: neither asked for nor begun (Table 4's ablation)")
-    parser.add_argument("--attack", metavar="N", type=int, default=0, help="judge the first N comparisons again, the worst response now ending with "
-                        "a verdict in its own favour, and report how many that wins over")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token; sampling wants 0.5 to 1")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="longest judgement, in tokens")
-    parser.add_argument("--batch-size", type=int, help="rows decoded together; by default what memory holds")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    parser.add_argument("--out", default="runs/01_pointwise_grm", help="folder for judgements.jsonl and results.json")
-    args = parser.parse_args()
-    for wrong, message in ((args.limit is not None and args.limit < 1, "--limit must be at least 1"),
-                           (args.batch_size is not None and args.batch_size < 1, "--batch-size must be at least 1"),
-                           (args.max_new_tokens < 1, "--max-new-tokens must be at least 1"),
-                           (args.attack < 0, "--attack must be at least 0"),
-                           (not 0 <= args.temperature < math.inf, "--temperature must be a number from 0"),
-                           (not 0 <= args.shots <= len(SHOTS), f"--shots must be between 0 and {len(SHOTS)}"),
-                           (bool(args.query) != bool(args.response), "--query and --response go together")):
-        if wrong:
-            parser.error(message)
-
-    join_ranks()
-    if args.query:  # no truth is known: any rewards do
-        items = [Preference(args.query, args.response, [float(i == 0) for i in range(len(args.response))])]
-    else:
-        items = load_preferences(args.data, args.skip_bad, args.limit)
-    if args.export:
-        with writing(args.export):
-            export_preferences(items, args.export)
-        return print(f"wrote {len(items)} items to {args.export}")
-    model, tokenizer = load_model(args.model, args.quantize)
-    ask = {"principles": not args.no_principles, "form": not args.shots or tokenizer.chat_template is not None}
-    out, start = Path(args.out), time.time()
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    judged, tokens, stopped = judge_file(model, tokenizer, items, ask, args, out / "judgements.jsonl")
-    if not judged:
-        sys.exit(130)
-    seconds = time.time() - start
-
-    shown = next((i for i, (_, judgement) in enumerate(judged) if len(judgement.scores or ()) > 1), 0)  # the first readable one of a comparison
-    text = build_prompt(items[shown].query, items[shown].responses, items[shown].reference, **ask)
-    print(f"{text}\n\n--- the judge writes ---\n\n{judged[shown][0]}\n")
-    if args.query:
-        return print(f"scores: {judged[0][1].scores or 'unreadable, ' + judged[0][1].unreadable}")
-    print(f"rewards of the responses: {', '.join(f'{reward:g}' for reward in items[shown].rewards)}")
-    figures = measure(items[:len(judged)], [judgement.scores for _, judgement in judged])
-    if args.attack and not stopped:
-        chosen = [i for i, item in enumerate(items) if len(item.responses) > 1][:args.attack]
-        targets, scores = [attacked(items[i]) for i in chosen], [judged[i][1].scores for i in chosen]
-        again, _, stopped = judge_file(model, tokenizer, targets, ask, args, out / "attacked.jsonl")
-        after = [judgement.scores for _, judgement in again]
-        success = attack_success(targets[:len(after)], scores, after)
-        figures["attack"], figures["attack_se"] = mean_and_se(success, [str(item.query) for item in targets])
-        figures["attacked"] = sum(is_correct(s, item.rewards) for s, item, _ in zip(scores, targets, after))
-    print(report(figures))
-    figures |= {"tokens_per_second": tokens / seconds, "seconds": seconds, "items": len(items)}
-    figures |= {"settings": vars(args), "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
-    figures = json.loads(json.dumps(figures), parse_constant=lambda _: None)  # JSON has no NaN
-    if RANK == 0:
-        with writing(out / "results.json"):
-            (out / "results.json").write_text(json.dumps(figures, indent=1) + "\n")
-    print(f"{tokens:,} tokens in {seconds:.0f} s. Judgements: {out / 'judgements.jsonl'}, figures: {out / 'results.json'}")
-    if stopped:
-        sys.exit(f"error: {stopped}; the figures are of {len(judged)} of {len(items)} items")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------------
