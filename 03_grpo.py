@@ -205,10 +205,9 @@ def learn(model, reference: Reference, parameters: dict, optimizer, groups: list
             weight = (1 / lengths / count).repeat_interleave(lengths)  # mean over an output's tokens, then over all outputs
             advantage = torch.tensor([one.advantage for one in outputs], device=model.device).repeat_interleave(lengths)
             with torch.autocast(model.device.type, torch.bfloat16, enabled=cuda):
+                ref = fixed[number][1] if number in fixed else reference.log_probs(inputs)  # first: what the other keeps for its gradient is large
                 log_probs = group_log_probs(model, inputs)
-                if number not in fixed:
-                    fixed[number] = log_probs.detach(), reference.log_probs(inputs)
-            old, ref = fixed[number]
+            old, ref = fixed.setdefault(number, (log_probs.detach(), ref))
             gain, kl = surrogate(log_probs, old, advantage, args.clip_eps), kl_k3(log_probs, ref)
             loss = -(weight * (gain - args.beta * kl)).sum()
             loss.backward()
