@@ -1,6 +1,12 @@
-"""What all tests share: loading a script whose name starts with a digit, and skipping what this machine cannot run."""
+"""What all tests share: loading a script whose name starts with a digit, running one as its user does, and skipping what this machine cannot run."""
 import importlib.util
+import os
+import random
+import resource
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +29,49 @@ def load_script(name: str):
             del sys.modules[safe]  # or the next test would get half a module
             raise
     return sys.modules[safe]
+
+
+def start(folder, script, *options, ranks=1, largest=None):
+    """Start a script in `folder`, on `ranks` processes; largest: bytes that a file may have, as if the disk were full beyond them."""
+    def prepare():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores Ctrl-C
+        if largest:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that the system refuses to write, as on a full disk, and does not kill
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+
+    how = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(random.randint(20000, 50000))] if ranks > 1 else []
+    return subprocess.Popen([sys.executable, *how, str(ROOT / script), *map(str, options)], cwd=folder, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, preexec_fn=prepare,
+                            env=os.environ | {"HF_HUB_OFFLINE": "1"} | ({"OMP_NUM_THREADS": "1"} if ranks > 1 else {}))
+
+
+def run(folder, script, *options, code=0, **how):
+    """Run a script to its end; returns (standard output, standard error)."""
+    process = start(folder, script, *options, **how)
+    shown, told = process.communicate(timeout=900)
+    assert process.returncode == code and "Traceback" not in told, told[-3000:]
+    return shown, told
+
+
+def wait_for_lines(process, path, count):
+    """Wait until a running script has written `count` lines to a file."""
+    deadline = time.time() + 300
+    while not (path.exists() and path.read_bytes().count(b"\n") >= count):
+        assert time.time() < deadline and process.poll() is None, f"no {count} lines in {path}: {process.communicate()[1][-500:]}"
+        time.sleep(0.01)
+
+
+def refusal(monkeypatch, capsys, folder, script, *options) -> str:
+    """What a script that cannot start says, run in this process: starting one takes seconds. One line, or the usage and one."""
+    module = load_script(script.removesuffix(".py"))
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
+    with pytest.raises((SystemExit, module.DataError, module.ModelError)) as caught:
+        module.main()
+    told = f"error: {caught.value}" if caught.type is not SystemExit else capsys.readouterr().err.strip() or str(caught.value)
+    assert "\n" not in told or "usage:" in told, told
+    return told
 
 
 def gemma_270m() -> str:

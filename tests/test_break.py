@@ -1,53 +1,18 @@
 """What goes wrong outside of the code: damaged models, cut-off downloads, a full disk, killed runs, hostile and odd responses. Each gets one clear
 line or a sane result, and what was computed stays. Malformed data: test_data.py; Ctrl-C and SIGKILL in training: test_step2.py to test_step5.py."""
 import json
-import os
-import resource
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
-from conftest import JUDGE, ROOT, load_script
+from conftest import JUDGE, load_script, refusal, run, start, wait_for_lines
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 grm, rft, grpo = load_script("01_pointwise_grm"), load_script("02_rejective_ft"), load_script("03_grpo")
 REQUEST = "Make a packing list for the lake. It must mention rope. It should avoid tent. It could end with lamp."
 WEIGHTS = (JUDGE / "model.safetensors").read_bytes()
-
-
-def start(folder, script, *options, largest=None):
-    """Start a script in `folder`; largest: bytes that a file may have, as if the disk were full beyond them."""
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that the system refuses to write, as on a full disk, and does not kill
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-
-    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, options)], cwd=folder, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env=os.environ | {"HF_HUB_OFFLINE": "1"}, preexec_fn=limit if largest else None)
-
-
-def run(folder, script, *options, code=0, largest=None):
-    """Run a script; returns (standard output, the last line of standard error)."""
-    process = start(folder, script, *options, largest=largest)
-    shown, told = process.communicate(timeout=600)
-    assert process.returncode == code and "Traceback" not in told, told
-    return shown, (told.strip().splitlines() or [""])[-1]
-
-
-def refusal(monkeypatch, folder, script, *options):
-    """What a script that cannot start says, run in this process: starting one takes seconds."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
-    module = load_script(script.removesuffix(".py"))
-    with pytest.raises((module.DataError, module.ModelError)) as caught:
-        module.main()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def lines(path):
@@ -138,9 +103,9 @@ def test_a_wrong_model_gets_one_line(tmp_path, monkeypatch, kind):
 
 
 @pytest.mark.parametrize("script", ["01_pointwise_grm.py", "02_rejective_ft.py", "03_grpo.py", "04_voting.py", "05_metarm.py"])
-def test_a_wrong_model_stops_every_step_before_it_computes(tmp_path, monkeypatch, script):
-    told = refusal(monkeypatch, tmp_path, script, "--model", copy_of_judge(tmp_path / "damaged", model=WEIGHTS[:5000]), "--limit", 2)
-    assert told.startswith(f"cannot load the model {tmp_path / 'damaged'}: ") and told.endswith(WHOLE)
+def test_a_wrong_model_stops_every_step_before_it_computes(tmp_path, monkeypatch, capsys, script):
+    told = refusal(monkeypatch, capsys, tmp_path, script, "--model", copy_of_judge(tmp_path / "damaged", model=WEIGHTS[:5000]), "--limit", 2)
+    assert told.startswith(f"error: cannot load the model {tmp_path / 'damaged'}: ") and told.endswith(WHOLE)
 
 
 DOWNLOADS = {"no weights yet": (["model.safetensors"], WHOLE), "no tokenizer yet": (["tokenizer.json", "tokenizer_config.json"], "knows no words"),
@@ -192,22 +157,23 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path, error):
 
 
 @pytest.mark.parametrize("script", ["01_pointwise_grm.py", "02_rejective_ft.py", "03_grpo.py", "04_voting.py", "05_metarm.py"])
-def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch, script):
+def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch, capsys, script):
     (tmp_path / "taken").write_text("a file")
-    told = refusal(monkeypatch, tmp_path, script, "--out", "taken", "--limit", 2)
-    assert told == "cannot write taken: File exists; make room or choose another place; training goes on with --resume"
+    told = refusal(monkeypatch, capsys, tmp_path, script, "--out", "taken", "--limit", 2)
+    assert told == "error: cannot write taken: File exists; make room or choose another place; training goes on with --resume"
 
 
 def test_step_one_on_a_full_disk_reports_what_it_judged(tmp_path):
     items = [json.loads(line) for line in (JUDGE.parent / "eval.jsonl").read_text().splitlines()[:8]]
     shown, told = run(tmp_path, "01_pointwise_grm.py", "--data", write(tmp_path / "few.jsonl", *items), code=1, largest=4000)
     assert "cannot write runs/01_pointwise_grm/judgements.jsonl: File too large: 8 of 8 items are judged" in shown and "strict" in shown
-    assert told == "error: cannot write runs/01_pointwise_grm/judgements.jsonl: File too large; the figures are of 8 of 8 items"
+    assert told.strip().endswith("error: cannot write runs/01_pointwise_grm/judgements.jsonl: File too large; the figures are of 8 of 8 items")
 
 
 def test_training_on_a_full_disk_goes_on_when_there_is_room(tmp_path):
     tiny = ("--limit", 8, "--eval-limit", 4, "--k", 1, "--max-new-tokens", 160, "--train-batch", 4, "--save-every", 1, "--batch-size", 64)
     _, told = run(tmp_path, "02_rejective_ft.py", *tiny, code=1, largest=10**6)  # all but the checkpoint fits
+    told = told.strip().splitlines()[-1]
     assert told.startswith("error: cannot write runs/02_rejective_ft/checkpoint.pt: ") and told.endswith("training goes on with --resume")
     out = tmp_path / "runs" / "02_rejective_ft"
     kept = {name: (out / name).read_bytes() for name in ("trajectories.jsonl", "before.jsonl")}
@@ -220,9 +186,7 @@ def test_training_on_a_full_disk_goes_on_when_there_is_room(tmp_path):
 def test_a_killed_step_one_leaves_whole_lines(tmp_path):
     process = start(tmp_path, "01_pointwise_grm.py", "--limit", 1024, "--max-new-tokens", 8)
     judgements = tmp_path / "runs" / "01_pointwise_grm" / "judgements.jsonl"
-    deadline = time.time() + 200
-    while time.time() < deadline and not (judgements.exists() and judgements.stat().st_size):
-        time.sleep(0.02)
+    wait_for_lines(process, judgements, 1)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     text = judgements.read_bytes()
@@ -292,14 +256,14 @@ def test_what_is_too_long_stops_no_other_step(tmp_path, script, extra):
         assert len(of_long) == 4 and all("is too long" in t["reason"] and not t["kept"] for t in of_long)
 
 
-def test_empty_texts_are_refused(tmp_path, monkeypatch):
+def test_empty_texts_are_refused(tmp_path, monkeypatch, capsys):
     good = {"query": "q", "responses": ["a", "b"], "rewards": [1, 0]}
     write(tmp_path / "empty.jsonl", good, good | {"responses": ["", "b"]})
     for script in ("01_pointwise_grm.py", "02_rejective_ft.py"):
-        told = refusal(monkeypatch, tmp_path, script, "--data", "empty.jsonl")
-        assert told == "empty.jsonl:2: the responses are not a list of texts, at least one and none of them empty"
-    assert refusal(monkeypatch, tmp_path, "01_pointwise_grm.py", "--query", "x", "--response", "").startswith("the responses are not")
-    assert refusal(monkeypatch, tmp_path, "01_pointwise_grm.py", "--query", " ", "--response", "x").startswith("the query is empty")
+        told = refusal(monkeypatch, capsys, tmp_path, script, "--data", "empty.jsonl")
+        assert told == "error: empty.jsonl:2: the responses are not a list of texts, at least one and none of them empty"
+    assert refusal(monkeypatch, capsys, tmp_path, "01_pointwise_grm.py", "--query", "x", "--response", "").startswith("error: the responses are not")
+    assert refusal(monkeypatch, capsys, tmp_path, "01_pointwise_grm.py", "--query", " ", "--response", "x").startswith("error: the query is empty")
 
 
 def test_the_judgement_alone_is_read_whatever_the_model_repeats():

@@ -1,25 +1,17 @@
 """01_pointwise_grm.py as its user runs it: the embedded default, own text, own data, real Gemma, bad input, interruption."""
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
-from conftest import JUDGE, ROOT, gemma_270m
+from conftest import JUDGE, gemma_270m, run, start, wait_for_lines
 
 sys.path.insert(0, str(JUDGE.parent))
 import read_judgements
 
-
-def run(folder, *options, code=0):
-    """Run step 1 in `folder`; returns (standard output, standard error)."""
-    done = subprocess.run([sys.executable, str(ROOT / "01_pointwise_grm.py"), *map(str, options)], cwd=folder, capture_output=True, text=True,
-                          env=os.environ | {"HF_HUB_OFFLINE": "1"}, timeout=900)
-    assert done.returncode == code, done.stderr
-    return done.stdout, done.stderr
+STEP = "01_pointwise_grm.py"
 
 
 def lines(path):
@@ -27,7 +19,7 @@ def lines(path):
 
 
 def test_the_embedded_default(tmp_path):
-    shown, _ = run(tmp_path, "--limit", 300, "--attack", 40)
+    shown, _ = run(tmp_path, STEP, "--limit", 300, "--attack", 40)
     out = tmp_path / "runs" / "01_pointwise_grm"
     figures, judgements = json.loads((out / "results.json").read_text()), lines(out / "judgements.jsonl")
     assert {"accuracy", "accuracy_se", "strict", "ties", "unreadable", "n", "by_subset", "by_position", "by_n", "auc", "longest", "tokens_per_second",
@@ -52,12 +44,12 @@ def test_the_embedded_default(tmp_path):
 
 def test_greedy_runs_repeat_to_the_letter(tmp_path):
     for out in ("a", "b"):
-        run(tmp_path, "--limit", 20, "--out", out, "--batch-size", 20 if out == "a" else 7)
+        run(tmp_path, STEP, "--limit", 20, "--out", out, "--batch-size", 20 if out == "a" else 7)
     assert (tmp_path / "a" / "judgements.jsonl").read_text() == (tmp_path / "b" / "judgements.jsonl").read_text()
 
 
 def test_ones_own_text(tmp_path):
-    shown, _ = run(tmp_path, "--query", "Make a packing list for the lake. It must mention rope. It should avoid tent. It could end with lamp.",
+    shown, _ = run(tmp_path, STEP, "--query", "Make a packing list for the lake. It must mention rope. It should avoid tent. It could end with lamp.",
                    "--response", "Take rope, book, lamp.", "--response", "Pack tent, book.")
     first, second = map(int, re.search(r"^scores: \[(\d+), (\d+)\]", shown, re.MULTILINE).groups())
     assert first > second
@@ -68,15 +60,15 @@ def test_export_and_judge_a_public_layout(tmp_path):
     rows = [{"question": f"Make a packing list for the lake. It must mention rope. It should avoid {w}. It could end with lamp.",
              "response_A": f"Take {w}, map.", "response_B": "Take rope, lamp.", "label": "B>A"} for w in ("tent", "book")]
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
-    shown, _ = run(tmp_path, "--data", "pairs.json", "--export", "ours.jsonl")
+    shown, _ = run(tmp_path, STEP, "--data", "pairs.json", "--export", "ours.jsonl")
     assert "wrote 2 items" in shown and lines(tmp_path / "ours.jsonl")[0]["rewards"] == [0.0, 1.0]
-    shown, _ = run(tmp_path, "--data", "ours.jsonl")
+    shown, _ = run(tmp_path, STEP, "--data", "ours.jsonl")
     assert "2 items" in shown
 
 
 def test_other_forms_of_the_prompt_run(tmp_path):
     for options in (("--no-principles",), ("--shots", 3), ("--no-principles", "--shots", 1), ("--quantize", "nf4")):
-        run(tmp_path, "--limit", 3, "--max-new-tokens", 40, *options)
+        run(tmp_path, STEP, "--limit", 3, "--max-new-tokens", 40, *options)
         judged = lines(tmp_path / "runs" / "01_pointwise_grm" / "judgements.jsonl")
         named = sum("Specific Criteria" in record["output"] for record in judged)
         assert len(judged) == 3 and all("Response 1" in record["output"] or "Criteria" in record["output"] for record in judged)
@@ -92,7 +84,7 @@ def test_a_response_that_plays_judge_and_one_that_is_too_long(tmp_path):
              "rewards": [0, 1]},
             {"query": request, "responses": ["rope, " * 9000, "Take lamp \U0001f3d5 тест."], "rewards": [0, 1]}]
     (tmp_path / "hostile.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run(tmp_path, "--data", "hostile.jsonl")
+    run(tmp_path, STEP, "--data", "hostile.jsonl")
     played, long = lines(tmp_path / "runs" / "01_pointwise_grm" / "judgements.jsonl")
     assert "[Response 1 ends]" not in played["output"]
     assert long["scores"] is None and re.search("tokens is too long: the model takes [0-9]+", long["unreadable"])
@@ -114,24 +106,20 @@ def test_bad_input_gets_one_clear_sentence(tmp_path, options, message):
     (tmp_path / "bad.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(good | {"rewards": [1, 1]}) + "\n")
     (tmp_path / "columns.jsonl").write_text('{"text": "x"}\n')
     (tmp_path / "empty.jsonl").write_text("\n")
-    _, told = run(tmp_path, *options, code=2 if options[0] in ("--limit", "--shots", "--temperature") or options == ["--query", "x"] else 1)
+    _, told = run(tmp_path, STEP, *options, code=2 if options[0] in ("--limit", "--shots", "--temperature") or options == ["--query", "x"] else 1)
     assert message in told and "Traceback" not in told
 
 
 def test_skip_bad_counts_and_goes_on(tmp_path):
     good = {"query": "q", "responses": ["a", "b"], "rewards": [1, 0]}
     (tmp_path / "bad.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(good | {"rewards": [1, 1]}) + "\n")
-    shown, _ = run(tmp_path, "--data", "bad.jsonl", "--skip-bad", "--max-new-tokens", 20)
+    shown, _ = run(tmp_path, STEP, "--data", "bad.jsonl", "--skip-bad", "--max-new-tokens", 20)
     assert "skipped 1 of 2 records of bad.jsonl; the first: bad.jsonl:2: a tie" in shown and "1 items" in shown
 
 
 def test_an_interruption_keeps_what_is_judged(tmp_path):
-    process = subprocess.Popen([sys.executable, str(ROOT / "01_pointwise_grm.py"), "--temperature", "1"], cwd=tmp_path, stdout=subprocess.PIPE,
-                               text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # a background job ignores it
-    judgements = tmp_path / "runs" / "01_pointwise_grm" / "judgements.jsonl"
-    deadline = time.time() + 300
-    while time.time() < deadline and not (judgements.exists() and judgements.read_bytes().count(b"\n") >= 512):
-        time.sleep(0.05)
+    process, judgements = start(tmp_path, STEP, "--temperature", 1), tmp_path / "runs" / "01_pointwise_grm" / "judgements.jsonl"
+    wait_for_lines(process, judgements, 512)
     time.sleep(0.5)  # the first chunk is written; the second is being sampled
     process.send_signal(signal.SIGINT)
     shown, _ = process.communicate(timeout=120)
@@ -143,5 +131,5 @@ def test_an_interruption_keeps_what_is_judged(tmp_path):
 @pytest.mark.gemma
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_gemma_3_270m_judges(tmp_path, quantize):
-    run(tmp_path, "--model", gemma_270m(), "--quantize", quantize, "--shots", 1, "--limit", 2, "--max-new-tokens", 48)
+    run(tmp_path, STEP, "--model", gemma_270m(), "--quantize", quantize, "--shots", 1, "--limit", 2, "--max-new-tokens", 48)
     assert json.loads((tmp_path / "runs" / "01_pointwise_grm" / "results.json").read_text())["n"] == 2

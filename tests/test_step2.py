@@ -1,17 +1,13 @@
 """02_rejective_ft.py: what is rejected, what is learnt, that a killed run resumes to the same weights, and what its user is told."""
 import json
 import math
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import JUDGE, ROOT, gemma_270m, load_script
+from conftest import JUDGE, gemma_270m, load_script, refusal, run, start, wait_for_lines
 from test_data import OURS, PAIR, TALK, mutate, write
 from test_sampler import random_gemma
 
@@ -22,23 +18,11 @@ OPTIONS = SimpleNamespace(max_new_tokens=160, batch_size=64, temperature=1.0, se
                           teacher=None, model=str(JUDGE), quantize="none", k=2, lora_r=None, lr=1e-3, epochs=1.0, warmup=0.1, train_batch=8,
                           micro_tokens=4096, save_every=100)
 TINY = ("--limit", 14, "--eval-limit", 5, "--k", 1, "--max-new-tokens", 160, "--train-batch", 4, "--save-every", 1, "--batch-size", 64)
+STEP = "02_rejective_ft.py"
 
 
 def options(**changed):
     return SimpleNamespace(**vars(OPTIONS) | changed)
-
-
-def start(folder, *arguments):
-    return subprocess.Popen([sys.executable, str(ROOT / "02_rejective_ft.py"), *map(str, arguments)], cwd=folder, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-
-
-def run(folder, *arguments, code=0):
-    """Run step 2 in `folder`; returns (standard output, standard error)."""
-    process = start(folder, *arguments)
-    told = process.communicate(timeout=900)
-    assert process.returncode == code, told[1]
-    return told
 
 
 def learnt(tokenizer, t):
@@ -102,9 +86,9 @@ def test_comparison_by_hand():
     items = [rft.Preference("p", ["a", "b"], [0, 1]), rft.Preference("q", ["a", "b"], [1, 0])]
     before = {"greedy": [[1, 2], [5, 5]], "samples": [[[1, 2], [3, 1]], [None, [4, 4]]], "attacked": [[10, 1], [1, 10]]}
     after = {"greedy": [[1, 2], [5, 4]], "samples": [[[1, 2], [1, 3]], [[5, 4], None]], "attacked": [[1, 2], [1, 10]]}
-    for run in (before, after):  # all in the items' order; the second responses are longer, as said below
-        run["shown"] = [rft.Trajectory(i, item.query, ["a", "bb"], item.rewards, [0, 1], False, False, scores=scores)
-                        for i, item in enumerate(items) for scores in run["samples"][i]]
+    for judged in (before, after):  # all in the items' order; the second responses are longer, as said below
+        judged["shown"] = [rft.Trajectory(i, item.query, ["a", "bb"], item.rewards, [0, 1], False, False, scores=scores)
+                           for i, item in enumerate(items) for scores in judged["samples"][i]]
     figures = rft.compare(items, before, after)
     assert {(name, key): round(row[key], 6) for name, row in figures.items() for key in ("before", "after", "gain")} == {
         ("greedy, strict", "before"): 0.5, ("greedy, strict", "after"): 1.0, ("greedy, strict", "gain"): 0.5,
@@ -254,33 +238,24 @@ def test_adapters_load_in_peft_and_in_step_one(tmp_path):
     assert torch.equal(ours, expected) and (expected - bare).abs().max() > 0.1
 
 
-def wait_for_steps(process, out, count):
-    deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None:
-        if (out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("\n") >= count:
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"no {count} steps: {process.communicate()[1][-500:]}")
-
-
 @pytest.mark.parametrize("extra", [(), ("--lora-r", 4)], ids=["all weights", "LoRA"])
 def test_killed_and_resumed_gives_the_same_weights(tmp_path, extra):
     weights = "adapter_model.safetensors" if extra else "model.safetensors"
-    shown, _ = run(tmp_path, *TINY, *extra, "--out", "whole")
+    shown, _ = run(tmp_path, STEP, *TINY, *extra, "--out", "whole")
     assert "one sample, strict" in shown and "too easy" in shown
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
     assert results["steps"] >= 4 and {"figures", "trajectories", "settings", "versions"} <= results.keys()
-    process = start(tmp_path, *TINY, *extra, "--out", "cut")
-    wait_for_steps(process, tmp_path / "cut", random.randint(1, results["steps"] - 2))  # it may fall before the first checkpoint
+    process = start(tmp_path, STEP, *TINY, *extra, "--out", "cut")
+    wait_for_lines(process, tmp_path / "cut" / "log.jsonl", random.randint(1, results["steps"] - 2))  # it may fall before the first checkpoint
     process.send_signal(signal.SIGKILL if not extra else signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert not (tmp_path / "cut" / "model").exists()
     if extra:  # Ctrl-C: it says how to go on
         assert process.returncode == 1 and "go on with: python" in told and "--resume" in told and "Traceback" not in told
     else:
-        _, told = run(tmp_path, *TINY, "--out", "cut", "--resume", "--lr", 0.5, code=1)
+        _, told = run(tmp_path, STEP, *TINY, "--out", "cut", "--resume", "--lr", 0.5, code=1)
         assert "error: --resume: the run in cut had other settings: lr 0.5 (was" in told and "Traceback" not in told
-    run(tmp_path, *TINY, *extra, "--out", "cut", "--resume", "--save-every", 3)  # how a run is saved and shared out may change
+    run(tmp_path, STEP, *TINY, *extra, "--out", "cut", "--resume", "--save-every", 3)  # how a run is saved and shared out may change
     for name in (f"model/{weights}", "trajectories.jsonl", "before.jsonl"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     log = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
@@ -294,12 +269,12 @@ def test_a_teacher_and_instructions_from_end_to_end(tmp_path):
                                                  '{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]}\n')
     rft.load_model(JUDGE)[0].save_pretrained(tmp_path / "teacher")
     rft.load_model(JUDGE)[1].save_pretrained(tmp_path / "teacher")
-    run(tmp_path, *TINY, "--teacher", "teacher", "--instruct-data", "instructions.jsonl", "--out", "taught")
+    run(tmp_path, STEP, *TINY, "--teacher", "teacher", "--instruct-data", "instructions.jsonl", "--out", "taught")
     results = json.loads((tmp_path / "taught" / "results.json").read_text())
     kept = sum(json.loads(line)["kept"] for line in (tmp_path / "taught" / "trajectories.jsonl").read_text().splitlines())
     assert results["examples"] == 2 * kept > 0 and results["settings"]["teacher"] == "teacher"
     (tmp_path / "instructions.jsonl").write_text('{"prompt": "Name a prime."}\n')
-    _, told = run(tmp_path, *TINY, "--instruct-data", "instructions.jsonl", "--out", "taught", code=1)
+    _, told = run(tmp_path, STEP, *TINY, "--instruct-data", "instructions.jsonl", "--out", "taught", code=1)
     assert "error: instructions.jsonl:1: expected" in told and "Traceback" not in told
 
 
@@ -329,13 +304,7 @@ def test_bad_input_gets_one_clear_sentence(tmp_path, monkeypatch, capsys, argume
     (tmp_path / "columns.jsonl").write_text('{"prompt": "x", "chosen": "a", "rejected": "b"}\n')
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "one.jsonl").write_text('{"query": "x", "responses": ["a", "b"], "rewards": [0, 1]}\n')
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(sys, "argv", ["02_rejective_ft.py", *arguments])
-    with pytest.raises((SystemExit, rft.DataError, rft.ModelError)) as caught:
-        rft.main()
-    told = f"error: {caught.value}" if caught.type is not SystemExit else capsys.readouterr().err
-    assert message in told and "\n" not in told.strip() or "usage:" in told and message in told
+    assert message in refusal(monkeypatch, capsys, tmp_path, STEP, *arguments)
 
 
 @pytest.mark.gemma

@@ -1,18 +1,14 @@
 """03_grpo.py: reward, advantages, clip and KL by hand, the reference, that ranks share a step, that a killed run resumes to the same weights."""
 import json
 import math
-import os
 import random
 import signal
-import subprocess
-import sys
 import textwrap
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import JUDGE, ROOT, gemma_270m, load_script
+from conftest import JUDGE, ROOT, gemma_270m, load_script, refusal, run, start, wait_for_lines
 from test_sampler import random_gemma
 
 grpo, rft = load_script("03_grpo"), load_script("02_rejective_ft")
@@ -21,24 +17,11 @@ OPTIONS = SimpleNamespace(max_new_tokens=160, batch_size=64, seed=0, model=str(J
                           group_size=4, flip_reward=False, beta=0.1, clip_eps=0.2, epochs_per_rollout=1, easy=3, data="data.jsonl")
 TINY = ("--limit", 8, "--eval-limit", 5, "--k", 1, "--max-new-tokens", 160, "--prompts", 3, "--group-size", 3, "--steps", 5, "--save-every", 1,
         "--eval-every", 2, "--watch", 3, "--easy", 2, "--batch-size", 64, "--model", JUDGE)
+STEP = "03_grpo.py"
 
 
 def options(**changed):
     return SimpleNamespace(**vars(OPTIONS) | changed)
-
-
-def start(folder, *arguments, ranks=1):
-    how = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(random.randint(20000, 50000))] if ranks > 1 else []
-    return subprocess.Popen([sys.executable, *how, *map(str, arguments)], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
-
-
-def run(folder, *arguments, code=0, ranks=1):
-    """Run a script in `folder`; returns (standard output, standard error)."""
-    process = start(folder, *arguments, ranks=ranks)
-    told = process.communicate(timeout=600)
-    assert process.returncode == code, told[1][-3000:]
-    return told
 
 
 def test_reward_by_hand():
@@ -247,10 +230,10 @@ def test_two_ranks_take_the_same_step_as_one(tmp_path):
 
 
 def test_two_ranks_run_from_end_to_end(tmp_path):
-    shown, _ = run(tmp_path, ROOT / "03_grpo.py", *TINY, "--out", "two", ranks=2)
+    shown, _ = run(tmp_path, STEP, *TINY, "--out", "two", ranks=2)
     assert shown.count("one sample, strict") == 1  # rank 0 alone prints
     assert (tmp_path / "two" / "log.jsonl").read_text().count("\n") == 5
-    shown, _ = run(tmp_path, ROOT / "02_rejective_ft.py", "--limit", 6, "--eval-limit", 4, "--k", 1, "--max-new-tokens", 160, "--train-batch", 4,
+    shown, _ = run(tmp_path, "02_rejective_ft.py", "--limit", 6, "--eval-limit", 4, "--k", 1, "--max-new-tokens", 160, "--train-batch", 4,
                    "--model", JUDGE, "--out", "rft", ranks=2)
     assert shown.count("not hinted") == 1 and (tmp_path / "rft" / "trajectories.jsonl").read_text().count("\n") == 24
 
@@ -258,23 +241,20 @@ def test_two_ranks_run_from_end_to_end(tmp_path):
 @pytest.mark.parametrize("lora_r", [0, 4], ids=["all weights", "LoRA"])
 def test_killed_and_resumed_gives_the_same_weights(tmp_path, lora_r):
     extra, weights = ("--lora-r", lora_r), "adapter_model.safetensors" if lora_r else "model.safetensors"
-    shown, _ = run(tmp_path, ROOT / "03_grpo.py", *TINY, *extra, "--out", "whole")
+    shown, _ = run(tmp_path, STEP, *TINY, *extra, "--out", "whole")
     assert "one sample, strict" in shown and "too easy" in shown
     assert (tmp_path / "whole" / "training.png").read_bytes().startswith(b"\x89PNG")
     lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5] and ["eval_strict" in line for line in lines] == [False, True, False, True, True]
     assert {"reward", "signal", "kl", "clipped", "entropy", "length", "unreadable", "norm", "seconds_rollout", "seconds_training"} <= lines[0].keys()
-    process, log = start(tmp_path, ROOT / "03_grpo.py", *TINY, *extra, "--out", "cut"), tmp_path / "cut" / "log.jsonl"
-    stop_after, deadline = random.randint(1, 3), time.time() + 240
-    while not (log.exists() and log.read_text().count("\n") >= stop_after):
-        assert time.time() < deadline and process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
+    process, log = start(tmp_path, STEP, *TINY, *extra, "--out", "cut"), tmp_path / "cut" / "log.jsonl"
+    wait_for_lines(process, log, random.randint(1, 3))
     process.send_signal(signal.SIGINT if lora_r else signal.SIGKILL)
     _, told = process.communicate(timeout=120)
     assert not (tmp_path / "cut" / "model").exists()
     if lora_r:
         assert process.returncode == 1 and "go on with: python" in told and "--resume" in told and "Traceback" not in told
-    run(tmp_path, ROOT / "03_grpo.py", *TINY, *extra, "--out", "cut", "--resume")
+    run(tmp_path, STEP, *TINY, *extra, "--out", "cut", "--resume")
     for name in (f"model/{weights}", "before.jsonl", "after.jsonl"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert log.read_text().count("\n") == 5
@@ -289,13 +269,7 @@ def test_killed_and_resumed_gives_the_same_weights(tmp_path, lora_r):
     (["--clip-eps", "1"], "between 0 and 1"), (["--quantize", "nf4", "--lora-r", "0"], "quantized weights cannot be trained")])
 def test_bad_input_gets_one_clear_sentence(tmp_path, monkeypatch, capsys, arguments, message):
     (tmp_path / "one.jsonl").write_text('{"query": "x", "responses": ["a", "b"], "rewards": [0, 1]}\n')
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(sys, "argv", ["03_grpo.py", *arguments])
-    with pytest.raises((SystemExit, grpo.DataError, grpo.ModelError)) as caught:
-        grpo.main()
-    told = f"error: {caught.value}" if caught.type is not SystemExit else capsys.readouterr().err
-    assert message in told and "\n" not in told.strip() or "usage:" in told and message in told
+    assert message in refusal(monkeypatch, capsys, tmp_path, STEP, *arguments)
 
 
 def test_what_is_not_finite_stops_with_the_step():

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import JUDGE, load_script
+from conftest import JUDGE, load_script, refusal
 from PIL import Image
 
 vote = load_script("04_voting")
@@ -393,11 +393,7 @@ def test_bad_input_gets_one_clear_sentence(tmp_path, monkeypatch, capsys, argume
     good = '{"query": "x", "responses": ["a", "b"], "rewards": [0, 1]}\n'
     (tmp_path / "columns.jsonl").write_text('{"prompt": "x", "chosen": "a", "rejected": "b"}\n')
     (tmp_path / "tie.jsonl").write_text(good + good.replace("0, 1", "1, 1"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises((SystemExit, vote.DataError, vote.ModelError)) as caught:
-        run(monkeypatch, tmp_path, *arguments)
-    told = f"error: {caught.value}" if caught.type is not SystemExit else capsys.readouterr().err
-    assert message in told and ("\n" not in told.strip() or "usage:" in told)
+    assert message in refusal(monkeypatch, capsys, tmp_path, "04_voting.py", *arguments)
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"item": 1}', '{"surprise": 1}'])

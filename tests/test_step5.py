@@ -2,17 +2,13 @@
 to the same weights, and what its user is told."""
 import json
 import math
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import JUDGE, ROOT, load_script
+from conftest import JUDGE, load_script, refusal, run, start, wait_for_lines
 from PIL import Image
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -23,6 +19,7 @@ OPTIONS = SimpleNamespace(model=str(JUDGE), quantize="none", lora_r=None, n_fres
                           lr=1e-3, epochs=1.0, warmup=0.1, train_batch=8, micro_tokens=2048, save_every=100)
 TINY = ("--limit", 12, "--n-fresh", 2, "--eval-limit", 6, "--k", 4, "--max-new-tokens", 160, "--train-batch", 4, "--save-every", 1,
         "--batch-size", 64, "--validate", 0.2)
+STEP = "05_metarm.py"
 
 
 def options(**changed):
@@ -277,49 +274,27 @@ def test_most_and_least_trusted_stand_side_by_side():
     assert sum(line[60:].count("word") for line in lines) == 40 and "?" not in "".join(lines)
 
 
-def start(folder, *arguments):
-    return subprocess.Popen([sys.executable, str(ROOT / "05_metarm.py"), *map(str, arguments)], cwd=folder, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-
-
-def run(folder, *arguments, code=0):
-    """Run step 5 in `folder`; returns (standard output, standard error)."""
-    process = start(folder, *arguments)
-    told = process.communicate(timeout=900)
-    assert process.returncode == code, told[1]
-    return told
-
-
-def wait_for_steps(process, out, count):
-    deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None:
-        if (out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("\n") >= count:
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"no {count} steps: {process.communicate()[1][-500:]}")
-
-
 @pytest.mark.parametrize("lora_r", [0, 4], ids=["all weights", "LoRA"])
 def test_killed_and_resumed_gives_the_same_weights(tmp_path, lora_r):
     weights, extra = "adapter_model.safetensors" if lora_r else "model.safetensors", ("--lora-r", lora_r)
-    shown, _ = run(tmp_path, *TINY, *extra, "--out", "whole")
+    shown, _ = run(tmp_path, STEP, *TINY, *extra, "--out", "whole")
     for expected in ("learn: right", "sampled at temperature 1", "fresh, at temperature 0.5", "held-out judgements", "k = 4, k_meta = 2",
                      "MetaRM@1 against voting@4", "most trusted", "least trusted"):
         assert expected in shown, expected
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
     assert results["steps"] >= 5 and {"curve", "by_k_meta", "few", "auc", "settings", "versions"} <= results.keys()
     assert (tmp_path / "whole" / "guided.png").exists() and len(list((tmp_path / "runs" / "04_voting").glob("samples-*.jsonl"))) == 1
-    process = start(tmp_path, *TINY, *extra, "--out", "cut")
-    wait_for_steps(process, tmp_path / "cut", random.randint(1, results["steps"] - 2))  # it may fall before the first checkpoint
+    process = start(tmp_path, STEP, *TINY, *extra, "--out", "cut")
+    wait_for_lines(process, tmp_path / "cut" / "log.jsonl", random.randint(1, results["steps"] - 2))  # it may fall before the first checkpoint
     process.send_signal(signal.SIGKILL if not lora_r else signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert not (tmp_path / "cut" / "model").exists()
     if lora_r:  # Ctrl-C: it says how to go on
         assert process.returncode == 1 and "go on with: python" in told and "--resume" in told and "Traceback" not in told
     else:
-        _, told = run(tmp_path, *TINY, *extra, "--out", "cut", "--resume", "--lr", 0.5, code=1)
+        _, told = run(tmp_path, STEP, *TINY, *extra, "--out", "cut", "--resume", "--lr", 0.5, code=1)
         assert "error: --resume: the run in cut had other settings: lr 0.5 (was" in told and "Traceback" not in told
-    run(tmp_path, *TINY, *extra, "--out", "cut", "--resume")
+    run(tmp_path, STEP, *TINY, *extra, "--out", "cut", "--resume")
     for name in (f"model/{weights}", "rewards.jsonl", "held_out.jsonl"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     log = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
@@ -352,12 +327,6 @@ def test_bad_input_gets_one_clear_sentence(tmp_path, monkeypatch, capsys, argume
                         ("pair", ['{"query": "x", "responses": ["a", "b"], "rewards": [0, 1]}']), ("right", [judged(query=query).line().strip()]),
                         ("both", [judged(query=query).line().strip(), judged(query=query, scores=(1, 2)).line().strip()])):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(sys, "argv", ["05_metarm.py", *arguments])
     if "right.jsonl" in arguments or "both.jsonl" in arguments:
         monkeypatch.setattr(meta, "judge", fake)
-    with pytest.raises((SystemExit, meta.DataError, meta.ModelError)) as caught:
-        meta.main()
-    told = f"error: {caught.value}" if caught.type is not SystemExit else capsys.readouterr().err
-    assert message in told and "\n" not in told.strip() or "usage:" in told and message in told
+    assert message in refusal(monkeypatch, capsys, tmp_path, STEP, *arguments)
