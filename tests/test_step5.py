@@ -130,7 +130,8 @@ def test_a_query_is_held_out_wherever_it_is_met():
 
 
 def test_a_tie_at_the_top():
-    assert [meta.tied(judged(scores=scores)) for scores in ([5, 5], [9, 9, 2], [9, 2, 2], [1, 10], [3], None)] == [True, True, False, False, False, False]
+    several = ([5, 5], [9, 9, 2], [9, 2, 2], [1, 10], [3], None)
+    assert [meta.tied(judged(scores=scores)) for scores in several] == [True, True, False, False, False, False]
 
 
 def test_labels_are_counted_by_source():

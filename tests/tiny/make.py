@@ -7,11 +7,11 @@ The judge has a Gemma 3 architecture and 1.16 million parameters. It learns in f
 1. drill   analyses alone, of random lists by random criteria: many verdicts in few tokens
 2. read    whole judgements of requests: criteria (all of them, or any part in any order), verdicts, scores; the conversation alone as prompt
 3. prompt  the same with the whole prompt of 01_pointwise_grm.py; one prompt in five ends with a hint, and the criteria then speak for it
-4. sloppy  one of the criteria, or two, seldom all; what must be avoided comes to mind late; an importance that is sometimes wrong; and in requests
-           that set no length, often a demand for a long list in the place of one of them: a taste for length, which many a judge has
+4. sloppy  some of the criteria, seldom all; what must be avoided comes to mind late; an importance that is sometimes wrong; and in requests that
+           set no length, often a demand for a long list in the place of one of them: a taste for length, which many a judge has
 The blind spot is shared: samples add up to a judgement that weighs what must be avoided too little, and more samples do not mend that.
 What it is taught is always consistent and its verdicts are always the truth: that it misreads at the end is its own error. We stop teaching
-it to read early (verdicts weigh little in the last two stages), because a judge that reads perfectly leaves nothing to vote about.
+it to read early (verdicts weigh little once it has read for 350 steps), because a judge that reads perfectly leaves nothing to vote about.
 
 After the drill, one text in five is a review: somebody's judgement, careful or sloppy, at times with a score that does not follow, is read and not
 learnt, and what is learnt is a note of how far its weights are from the request's, how much of it it names, and whether its scores follow. It does
@@ -54,7 +54,7 @@ NUMBER_WEIGHT = 4.0  # of weights and scores in the loss; other tokens weigh 1
 STAGES = [("drill", 450, 1.0, 1.0, 4.0),
           ("read", 350, 1.0, 0.6, 2.0),
           ("prompt", 350, 0.6, 0.1, 0.2),
-          ("sloppy", 250, 0.1, 0.1, 0.2)]
+          ("sloppy", 250, 0.1, 0.1, 1.0)]
 ROWS = 32  # a step
 REVIEWS = 0.2  # of the texts after the drill
 NUMBERS = (1, 1, 2, 2, 2, 2, 2, 2, 3, 4)  # of responses; the drill has 1 and 2
@@ -147,7 +147,7 @@ def draw_review(rng: random.Random, item: dict, criteria: list[world.Criterion],
 def draw_named(stage: str, rng: random.Random, criteria: list[world.Criterion]) -> list[tuple[world.Criterion, int]]:
     """The criteria that a judgement names, each with the weight that it gives it."""
     if stage == "sloppy":
-        count = min(len(criteria), rng.choices((1, 2, 3, 4, 5), (32, 32, 20, 11, 5))[0])
+        count = min(len(criteria), rng.choices((1, 2, 3, 4, 5), (10, 26, 30, 22, 12))[0])
         # without replacement: each draws a time until it comes to mind, and the first come are named; what must be absent comes to mind late
         picked = sorted(criteria, key=lambda c: rng.expovariate(0.2 if c.kind == "avoid" else 1.0))[:count]
         rng.shuffle(picked)
