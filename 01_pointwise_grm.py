@@ -242,7 +242,7 @@ def judge_file(model, tokenizer, items: list[Preference], ask: dict, args, path:
     if it did. A few hundred items at a time: what is judged is on disk, and an interruption loses only the items in flight."""
     shots = worked_examples(args.shots, **ask)
     repeated = build_prompt("", [""], **ask).split("\n")[0] if shots else None  # a base model goes on with a next item
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize) - args.max_new_tokens
+    longest = longest_prompt(model, args.max_new_tokens)
     opening = "" if ask["principles"] else "Analysis:"  # put into the mouth of a judge that was trained to write principles unasked
     judged, tokens, stopped = [], 0, ""
     try:
@@ -291,15 +291,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--out", default="runs/01_pointwise_grm", help="folder for judgements.jsonl and results.json")
     args = parser.parse_args()
-    for wrong, message in ((args.limit is not None and args.limit < 1, "--limit must be at least 1"),
-                           (args.batch_size is not None and args.batch_size < 1, "--batch-size must be at least 1"),
-                           (args.max_new_tokens < 1, "--max-new-tokens must be at least 1"),
-                           (args.attack < 0, "--attack must be at least 0"),
-                           (not 0 <= args.temperature < math.inf, "--temperature must be a number from 0"),
-                           (not 0 <= args.shots <= len(SHOTS), f"--shots must be between 0 and {len(SHOTS)}"),
-                           (bool(args.query) != bool(args.response), "--query and --response go together")):
-        if wrong:
-            parser.error(message)
+    check_options(parser, args, (not 0 <= args.shots <= len(SHOTS), f"--shots must be from 0 to {len(SHOTS)}"),
+                  (bool(args.query) != bool(args.response), "--query and --response go together"))
 
     join_ranks()
     if args.query:  # no truth is known: any rewards do
@@ -313,12 +306,29 @@ def main():
     model, tokenizer = load_model(args.model, args.quantize)
     ask = {"principles": not args.no_principles, "form": not args.shots or tokenizer.chat_template is not None}
     out, start = Path(args.out), time.time()
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    judged, tokens, stopped = judge_file(model, tokenizer, items, ask, args, out / "judgements.jsonl")
+    if not args.query:  # one's own text leaves nothing behind, and what was judged before it stays
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "results.json").unlink(missing_ok=True)
+    judged, tokens, stopped = judge_file(model, tokenizer, items, ask, args, Path(os.devnull) if args.query else out / "judgements.jsonl")
     if not judged:
         sys.exit(130)
     seconds = time.time() - start
+    if not args.query:  # kept before anything is printed, which may fail
+        figures = measure(items[:len(judged)], [judgement.scores for _, judgement in judged])
+        if args.attack and not stopped:
+            chosen = [i for i, item in enumerate(items) if len(item.responses) > 1][:args.attack]
+            targets, scores = [attacked(items[i]) for i in chosen], [judged[i][1].scores for i in chosen]
+            again, _, stopped = judge_file(model, tokenizer, targets, ask, args, out / "attacked.jsonl")
+            after = [judgement.scores for _, judgement in again]
+            success = attack_success(targets[:len(after)], scores, after)
+            figures["attack"], figures["attack_se"] = mean_and_se(success, [str(item.query) for item in targets])
+            figures["attacked"] = sum(is_correct(s, item.rewards) for s, item, _ in zip(scores, targets, after))
+        figures |= {"tokens_per_second": tokens / seconds, "seconds": seconds, "items": len(items), "settings": vars(args),
+                    "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
+        if RANK == 0:
+            with writing(out / "results.json"):  # JSON has no NaN
+                (out / "results.json").write_text(json.dumps(json.loads(json.dumps(figures), parse_constant=lambda _: None), indent=1) + "\n")
 
     shown = next((i for i, (_, judgement) in enumerate(judged) if len(judgement.scores or ()) > 1), 0)  # the first readable one of a comparison
     text = build_prompt(items[shown].query, items[shown].responses, items[shown].reference, **ask)
@@ -326,22 +336,7 @@ def main():
     if args.query:
         return print(f"scores: {judged[0][1].scores or 'unreadable, ' + judged[0][1].unreadable}")
     print(f"rewards of the responses: {', '.join(f'{reward:g}' for reward in items[shown].rewards)}")
-    figures = measure(items[:len(judged)], [judgement.scores for _, judgement in judged])
-    if args.attack and not stopped:
-        chosen = [i for i, item in enumerate(items) if len(item.responses) > 1][:args.attack]
-        targets, scores = [attacked(items[i]) for i in chosen], [judged[i][1].scores for i in chosen]
-        again, _, stopped = judge_file(model, tokenizer, targets, ask, args, out / "attacked.jsonl")
-        after = [judgement.scores for _, judgement in again]
-        success = attack_success(targets[:len(after)], scores, after)
-        figures["attack"], figures["attack_se"] = mean_and_se(success, [str(item.query) for item in targets])
-        figures["attacked"] = sum(is_correct(s, item.rewards) for s, item, _ in zip(scores, targets, after))
     print(report(figures))
-    figures |= {"tokens_per_second": tokens / seconds, "seconds": seconds, "items": len(items)}
-    figures |= {"settings": vars(args), "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
-    figures = json.loads(json.dumps(figures), parse_constant=lambda _: None)  # JSON has no NaN
-    if RANK == 0:
-        with writing(out / "results.json"):
-            (out / "results.json").write_text(json.dumps(figures, indent=1) + "\n")
     print(f"{tokens:,} tokens in {seconds:.0f} s. Judgements: {out / 'judgements.jsonl'}, figures: {out / 'results.json'}")
     if stopped:
         sys.exit(f"error: {stopped}; the figures are of {len(judged)} of {len(items)} items")
@@ -506,6 +501,32 @@ def join_ranks() -> None:
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
 
 
+# What an option may be, from and to, in whatever step has it: better an error at once than one after the sampling.
+BOUNDS = {"attack": (0, 10**9), "easy": (0, 10**6), "show": (0, 10**9), "seed": (0, 10**15), "temperature": (0, 100), "lora_r": (0, 4096),
+          "lr": (1e-12, 1000), "epochs": (1e-6, 10**6), "warmup": (0, 1), "beta": (0, 1000)} | dict.fromkeys((
+              "limit", "eval_limit", "k", "n_fresh", "steps", "prompts", "epochs_per_rollout", "eval_every", "watch", "train_batch", "micro_tokens",
+              "save_every", "max_new_tokens", "batch_size"), (1, 10**9))
+
+
+def check_options(parser: argparse.ArgumentParser, args, *more: tuple[bool, str]) -> None:
+    """End with one line if an option is out of its BOUNDS or, of the pairs in `more`, one is (true, what is wrong)."""
+    for name, (low, high) in BOUNDS.items():
+        value = getattr(args, name, None)
+        if value is not None and not low <= value <= high:  # false for nan, too
+            parser.error(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}")
+    for wrong, message in more:
+        if wrong:
+            parser.error(message)
+
+
+def longest_prompt(model, max_new_tokens: int) -> int:
+    """How many tokens a prompt may have beside a judgement in the model's context. Raises ModelError if there is no room for any."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    if max_new_tokens >= context:
+        raise ModelError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt: the model's context is {context} tokens")
+    return context - max_new_tokens
+
+
 @dataclass
 class Sample:
     """A completion: its token ids (with the end token, if it came) and its text without special tokens."""
@@ -609,7 +630,8 @@ class Decoder:
                  pad_id: int, generator: torch.Generator):
         """prompts: distinct, each prefilled once. rows: for each sample, the number of its prompt; equal ones are neighbours."""
         device = model.device
-        self.model, self.temperature, self.pad_id, self.visible, self.column = model, temperature, pad_id, 0, None
+        self.model, self.pad_id, self.visible, self.column = model, pad_id, 0, None
+        self.temperature = temperature if temperature > 1e-3 else 0.0  # a softmax of logits / 0.001 is all but greedy, and soon overflows
         # On CUDA: the shapes (rows, visible) for which the kernels are warm and for which `replay` is a graph; a failure is not tried again, and
         # layers in int8 need not be tried: they wait for the device, and a capture that breaks leaves its mark on the allocator.
         self.warm, self.captured, self.graphs = None, None, device.type == "cuda" and not (
@@ -800,6 +822,14 @@ def telling(load):
             raise ModelError(f"{name} is no causal language model but an encoder or a classifier ({kind}), which cannot write; choose another")
         if "Scores" not in tokenizer.decode(tokenizer("Scores")["input_ids"]):
             raise ModelError(f"{name}: its tokenizer knows no words; if a download or copy was cut off (tokenizer.json), start it again")
+        if tokenizer.vocab_size > model.get_input_embeddings().num_embeddings:
+            raise ModelError(f"{name}: its tokenizer knows {tokenizer.vocab_size} tokens and the model "
+                             f"{model.get_input_embeddings().num_embeddings}; take the tokenizer that belongs to the model")
+        if end_token(tokenizer) is None and model.generation_config.eos_token_id is None:
+            raise ModelError(f"{name}: neither its tokenizer nor generation_config.json names an end token (eos_token): no judgement would end")
+        with torch.no_grad():
+            if not model(input_ids=torch.tensor([tokenizer("Scores")["input_ids"]], device=model.device)).logits.isfinite().all():
+                raise ModelError(f"{name} computes what is not a number; its weights are damaged, or too large for {model.dtype}")
         return model, tokenizer
     return loaded
 
@@ -819,16 +849,23 @@ def load_model(name: str | Path, quantize: str = "none"):
     adapter = Path(name, "adapter_config.json")
     if adapter.exists():
         config = json.loads(adapter.read_text())
-        if config.get("use_rslora") or config.get("use_dora") or not isinstance(config["target_modules"], list):
+        base, special = config["base_model_name_or_path"], ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern")
+        if any(config.get(option) for option in special) or not isinstance(config["target_modules"], list):
             raise ModelError(f"{name}: only plain LoRA with a list of target_modules can be read; merge the adapter into its base with peft")
-        model, tokenizer = load_model(config["base_model_name_or_path"], quantize)
+        if os.path.abspath(base) == os.path.abspath(name):
+            raise ModelError(f"{name}: its adapter_config.json names the adapter itself as its base model")
+        try:
+            model, tokenizer = load_model(base, quantize)
+        except ModelError as error:
+            raise ModelError(f"{error} (the base model of {name}, by its adapter_config.json)") from None
         add_lora(model, config["target_modules"], config["r"], config["lora_alpha"])
         from safetensors.torch import load_file
         weights = load_file(Path(name, "adapter_model.safetensors"))
         weights = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
-        _, unknown = model.load_state_dict(weights, strict=False)
-        if unknown or not weights:
-            raise ModelError(f"{name}: the adapter does not fit its base model {config['base_model_name_or_path']}: {unknown[:1]}")
+        lacking, unknown = model.load_state_dict(weights, strict=False)
+        lacking = [weight for weight in lacking if "lora_" in weight]
+        if unknown or lacking:
+            raise ModelError(f"{name}: the adapter does not fit its base model {base}, or is not whole: {(unknown or lacking)[0]}")
         return model, tokenizer
     cuda = torch.cuda.is_available()
     device, dtype = (f"cuda:{torch.cuda.current_device()}", torch.bfloat16) if cuda else ("cpu", torch.float32)
@@ -1138,6 +1175,7 @@ def parse_json(text: bytes) -> object:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that has no é shows a question mark
     try:
         main()
     except (DataError, ModelError) as error:

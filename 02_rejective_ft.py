@@ -100,7 +100,7 @@ def show(item: Preference, number: int, seed: str, hinted: bool = False, binary:
 def judge(model, tokenizer, shown: list[Trajectory], temperature: float, args, seed: int) -> None:
     """Let the model judge what is shown: fills in output, scores, correct and, if it cannot be read, reason."""
     prompts = [encode(tokenizer, t.prompt(t.hinted)) for t in shown]
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize) - args.max_new_tokens
+    longest = longest_prompt(model, args.max_new_tokens)
     fit = [i for i, prompt in enumerate(prompts) if len(prompt) <= longest]
     for i, [drawn] in zip(fit, sample(model, tokenizer, [prompts[i] for i in fit], 1, temperature, args.max_new_tokens, args.batch_size, seed)):
         shown[i].output = drawn.text
@@ -127,7 +127,7 @@ def sample_trajectories(items: list[Preference], args, out: Path, chunk: int = 1
     kinds = [False] * (0 if args.no_non_hinted else args.n_rft) + [True] * (not args.no_hinted)
     path, trajectories, teacher = out / "trajectories.jsonl", [], None
     if path.exists():
-        trajectories = [Trajectory(**json.loads(line)) for line in path.read_bytes().split(b"\n")[:-1]]
+        trajectories = read_trajectories(path, len(items) * len(kinds))
         if len(trajectories) < len(items) * len(kinds):
             del trajectories[len(trajectories) // (len(kinds) * chunk) * len(kinds) * chunk:]  # a chunk that was cut off in writing
         put(path, lambda aside: aside.write_text("".join(t.line() for t in trajectories), encoding="utf-8"))
@@ -277,7 +277,8 @@ def update(parameters: dict, optimizer, lr: float, step: int, loss: float) -> fl
         torch.distributed.all_reduce(parameter.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0).item()
     if not math.isfinite(loss + norm):
-        raise ModelError(f"step {step + 1}: the loss is {loss} and the gradient's norm {norm} at learning rate {lr:.2g}; try --lr {lr / 3:.1g}")
+        raise ModelError(f"step {step + 1}: the loss is {loss} and the gradient's norm {norm} at learning rate {lr:.2g}; go on with "
+                         f"--resume --lr {lr / 3:.1g}, after deleting checkpoint.pt if there is one")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -328,16 +329,10 @@ def main():
     option("--seed", type=int, default=0, help="of everything")
     option("--out", default="runs/02_rejective_ft", help="folder for everything that is written")
     args = parser.parse_args()
-    for wrong, message in ((min(args.limit, args.eval_limit, args.k, args.train_batch, args.save_every, args.max_new_tokens) < 1,
-                            "--limit, --eval-limit, --k, --train-batch, --save-every and --max-new-tokens must be at least 1"),
-                           (args.n_rft < 2, "--n-rft must be at least 2: of one sample alone, every right one would be too easy"),
-                           (args.no_hinted and args.no_non_hinted, "--no-hinted and --no-non-hinted leave nothing to sample"),
-                           (not 0 <= args.instruct_share < 1, "--instruct-share must be from 0 to below 1"),
-                           (args.quantize != "none" and args.lora_r == 0, "quantized weights cannot be trained: leave --lora-r 0 out"),
-                           (not (0 < args.lr < math.inf and 0 < args.epochs < math.inf and 0 <= args.temperature < math.inf),
-                            "--lr and --epochs must be above 0, --temperature from 0")):
-        if wrong:
-            parser.error(message)
+    check_options(parser, args, (args.n_rft < 2, "--n-rft must be at least 2: of one sample alone, every right one would be too easy"),
+                  (args.no_hinted and args.no_non_hinted, "--no-hinted and --no-non-hinted leave nothing to sample"),
+                  (not 0 <= args.instruct_share <= 0.99, "--instruct-share must be from 0 to 0.99"),
+                  (args.quantize != "none" and args.lora_r == 0, "quantized weights cannot be trained: leave --lora-r 0 out"))
 
     join_ranks()
     data = load_lines(args.data)
@@ -345,16 +340,17 @@ def main():
     items, others, out, start = data[:args.limit], [p for p in others if len(p.responses) > 1], Path(args.out), time.time()
     if not items or not others:
         raise DataError(f"{args.data if not items else args.eval}: no items are left to train on, or none with two responses to measure on")
+    instructions = load_instructions(args.instruct_data) if args.instruct_data else []
     print(f"the first {len(items)} of {len(data)} items of {args.data}; measured on {len(others)} others")
-    open_run(out, vars(args) | {"crc": zlib.crc32(repr(items).encode())}, args.resume)
+    open_run(out, vars(args) | {"crc": zlib.crc32(repr((items, others)).encode())}, args.resume)
     try:
         trajectories = sample_trajectories(items, args, out)
         model, tokenizer = load_model(args.model, args.quantize)
         before = evaluate(model, tokenizer, others, args, out / "before.jsonl")
         examples = [example(tokenizer, t.prompt(hinted=False), t.output) for t in trajectories if t.kept]
-        if args.instruct_data:
+        if instructions:
             count = round(len(examples) * args.instruct_share / (1 - args.instruct_share))
-            examples += random.Random(args.seed).choices(load_instructions(args.instruct_data, tokenizer), k=count)
+            examples += [example(tokenizer, *one) for one in random.Random(args.seed).choices(instructions, k=count)]
         set_trainable(model, args)
         steps = train(model, examples, completion_loss, args, out)
         put(out / "model", lambda aside: save_model(model, tokenizer, aside, args.model))
@@ -396,6 +392,8 @@ def load_lines(path: str | Path) -> list[Preference]:
             record = parse_json(line) if line.strip() else None
             if isinstance(record, dict) and record.keys() >= {"query", "responses", "rewards"}:
                 preferences.append(Preference(**{field.name: record[field.name] for field in fields(Preference) if field.name in record}))
+                if preferences[-1].rewards not in ([0.0], [1.0]) and len(preferences[-1].rewards) == 1:
+                    raise DataError("the reward of a single response must be 1 (right) or 0 (wrong), as its score is")
             elif line.strip():
                 raise DataError("expected query, responses, rewards; convert it with: "
                                 f"python 01_pointwise_grm.py --data {path} --export OUT.jsonl")
@@ -406,8 +404,23 @@ def load_lines(path: str | Path) -> list[Preference]:
     return preferences
 
 
-def load_instructions(path: str | Path, tokenizer) -> list[Example]:
-    """General instruction data, JSON Lines of {"prompt", "completion"} or {"messages"}, the last of them the assistant's. Raises DataError."""
+def read_trajectories(path: str | Path, most: int | None = None) -> list[Trajectory]:
+    """Read a file of trajectories, but not a last line that was cut off in writing. Raises DataError that starts with "path:line:", or "path:" if
+    there are more than `most`."""
+    trajectories = []
+    for number, line in enumerate(read_lines(path)[:-1], 1):
+        try:
+            trajectories.append(Trajectory(**parse_json(line)))
+        except (TypeError, DataError):
+            raise DataError(f"{path}:{number}: not a sampled judgement; delete the file, and it will be sampled again") from None
+    if most is not None and len(trajectories) > most:
+        raise DataError(f"{path}: {len(trajectories)} judgements where {most} belong (two runs at once?); delete it, and they are sampled again")
+    return trajectories
+
+
+def load_instructions(path: str | Path) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """General instruction data, JSON Lines of {"prompt", "completion"} or {"messages"}, the last of them the assistant's: prompt, completion, and
+    the turns before them in pairs. Raises DataError."""
     examples = []
     for number, line in enumerate(read_lines(path), 1):
         if line.strip():
@@ -418,7 +431,9 @@ def load_instructions(path: str | Path, tokenizer) -> list[Example]:
                 *shots, prompt, completion = [content for _, content in turns]
                 if [role for role, _ in turns] != ["user", "assistant"] * (len(turns) // 2):
                     raise ValueError
-                examples.append(example(tokenizer, prompt, completion, list(zip(shots[::2], shots[1::2]))))
+                if not all(isinstance(content, str) for _, content in turns):
+                    raise TypeError
+                examples.append((prompt, completion, list(zip(shots[::2], shots[1::2]))))
             except (KeyError, TypeError, ValueError, AttributeError):
                 raise DataError(f'{path}:{number}: expected {{"prompt", "completion"}}, or {{"messages"}} that end with the assistant\'s') from None
     if not examples:
@@ -426,21 +441,42 @@ def load_instructions(path: str | Path, tokenizer) -> list[Example]:
     return examples
 
 
+# What matters in training alone, not for what was sampled or measured before it.
+OF_TRAINING = {"lr", "epochs", "warmup", "train_batch", "lora_r", "instruct_data", "instruct_share", "steps", "prompts", "group_size",
+               "epochs_per_rollout", "beta", "clip_eps", "flip_reward", "eval_every", "watch", "with_ties"}
+
+
+def read_own(path: Path) -> dict | list:
+    """JSON that a run wrote for itself. Raises DataError."""
+    try:
+        return parse_json(path.read_bytes())
+    except (OSError, DataError):
+        raise DataError(f"{path} is damaged: delete it, and go on with the same command (--resume, where there is one)") from None
+
+
 def open_run(out: Path, settings: dict, resume: bool) -> None:
-    """Start a run in `out`, or make sure that the one to resume there had the same settings, but for how it is computed. Raises DataError."""
-    path, how = out / "settings.json", ("resume", "micro_tokens", "batch_size", "save_every", "show")
+    """Start a run in `out`, which must not hold one; or make sure that the one to resume there had the same settings, but for how it is computed and,
+    while there is no checkpoint, for what matters in training alone. "crc" stands for what was in the files of data. Raises DataError."""
+    path, how, kept = out / "settings.json", ("resume", "micro_tokens", "batch_size", "save_every", "show"), (out / "checkpoint.pt").exists()
     settings = {name: value for name, value in settings.items() if name not in how}
+    after = ("after.jsonl", "after_attacked.jsonl", "held_out.jsonl", "rewards.jsonl", "results.json")  # made of the trained model
     if resume:
-        was = json.loads(path.read_text()) if path.exists() else {}
-        if changed := [f"{name} {value} (was {was.get(name)})" for name, value in settings.items() if was.get(name) != value]:
-            raise DataError(f"--resume: the run in {out} had other settings: {', '.join(changed)}; give the same, or start anew without --resume"
-                            if was else f"--resume: there is no run in {out}")
-    else:
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-        for name in ("trajectories.jsonl", "hard.json", "before.jsonl", "after.jsonl", "checkpoint.pt", "log.jsonl", "results.json"):
+        try:
+            was = json.loads(path.read_text()) | {}
+        except (OSError, ValueError, TypeError):
+            raise DataError(f"--resume: there is no run in {out}, or its settings.json is damaged") from None
+        if changed := {name: was.get(name) for name, value in settings.items() if was.get(name) != value and (kept or name not in OF_TRAINING)}:
+            advice = ("delete its checkpoint.pt, and training starts anew on what was sampled" if changed.keys() <= OF_TRAINING else
+                      "give the same, or start anew with another --out")
+            changed = ", ".join(f"{name} {settings[name]} (was {value})" for name, value in changed.items())
+            raise DataError(f"--resume: the run in {out} had other {'data' if changed.startswith('crc') else 'settings'}: {changed}; {advice}")
+        for name in () if kept else after:
             (out / name).unlink(missing_ok=True)
-        put(path, lambda aside: aside.write_text(json.dumps(settings, indent=1) + "\n"))
+    elif earlier := [name for name in ("trajectories.jsonl", "before.jsonl", "log.jsonl", "checkpoint.pt", "model", *after) if (out / name).exists()]:
+        raise DataError(f"{out} holds a run already ({earlier[0]}): go on with it by --resume, name another folder by --out, or delete this one")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    put(path, lambda aside: aside.write_text(json.dumps(settings, indent=1) + "\n"))
 
 
 def append(path: Path, text: str) -> None:
@@ -456,7 +492,8 @@ def put(path: Path, write) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         with writing(path):
             write(aside)
-            shutil.rmtree(path, ignore_errors=True)  # does nothing to a file
+            if aside.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
             os.replace(aside, path)
     if RANKS > 1:
         torch.distributed.barrier()
@@ -477,12 +514,14 @@ def restore(out: Path, model, optimizer) -> int:
     if path.exists():
         try:
             state = torch.load(path, map_location=model.device, weights_only=True)
-        except Exception:  # a file cut off in copying fails in more ways than one can list
+            model.load_state_dict(state["weights"], strict=False)
+            optimizer.load_state_dict(state["optimizer"])
+            step = state["step"]
+        except Exception as error:  # a file cut off in copying fails in more ways than one can list
+            if isinstance(error, (torch.OutOfMemoryError, OSError)):
+                raise
             raise DataError(f"{path} is damaged: delete it, and training starts anew on what was sampled") from None
-        model.load_state_dict(state["weights"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-    kept = log.read_text().splitlines(keepends=True)[:step] if log.exists() else []
+    kept = log.read_text(errors="replace").splitlines(keepends=True)[:step] if log.exists() else []
     put(log, lambda aside: aside.write_text("".join(kept)))
     return step
 
@@ -540,7 +579,9 @@ def evaluate(model, tokenizer, items: list[Preference], args, path: Path) -> dic
         judge(model, tokenizer, samples, 0.5, args, args.seed + 10**6)
         for place, judged in ((beside, attacks), (path, greedy + samples)):
             put(place, lambda aside, judged=judged: aside.write_text("".join(t.line() for t in judged), encoding="utf-8"))
-    judged = [Trajectory(**json.loads(line)) for place in (path, beside) for line in place.read_bytes().split(b"\n")[:-1]]
+    judged = [t for place, size in ((path, ends), (beside, min(100, count))) for t in read_trajectories(place, size)]
+    if len(judged) < ends + min(100, count):
+        raise DataError(f"{path} or {beside.name} lacks lines: delete both, and go on with --resume")
     scores = [t.scores and [score for _, score in sorted(zip(t.order, t.scores))] for t in judged]
     return {"greedy": scores[:count], "attacked": scores[ends:], "shown": judged[count:ends],
             "samples": [scores[i:i + args.k] for i in range(count, ends, args.k)]}
@@ -827,6 +868,32 @@ def join_ranks() -> None:
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
 
 
+# What an option may be, from and to, in whatever step has it: better an error at once than one after the sampling.
+BOUNDS = {"attack": (0, 10**9), "easy": (0, 10**6), "show": (0, 10**9), "seed": (0, 10**15), "temperature": (0, 100), "lora_r": (0, 4096),
+          "lr": (1e-12, 1000), "epochs": (1e-6, 10**6), "warmup": (0, 1), "beta": (0, 1000)} | dict.fromkeys((
+              "limit", "eval_limit", "k", "n_fresh", "steps", "prompts", "epochs_per_rollout", "eval_every", "watch", "train_batch", "micro_tokens",
+              "save_every", "max_new_tokens", "batch_size"), (1, 10**9))
+
+
+def check_options(parser: argparse.ArgumentParser, args, *more: tuple[bool, str]) -> None:
+    """End with one line if an option is out of its BOUNDS or, of the pairs in `more`, one is (true, what is wrong)."""
+    for name, (low, high) in BOUNDS.items():
+        value = getattr(args, name, None)
+        if value is not None and not low <= value <= high:  # false for nan, too
+            parser.error(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}")
+    for wrong, message in more:
+        if wrong:
+            parser.error(message)
+
+
+def longest_prompt(model, max_new_tokens: int) -> int:
+    """How many tokens a prompt may have beside a judgement in the model's context. Raises ModelError if there is no room for any."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    if max_new_tokens >= context:
+        raise ModelError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt: the model's context is {context} tokens")
+    return context - max_new_tokens
+
+
 @dataclass
 class Sample:
     """A completion: its token ids (with the end token, if it came) and its text without special tokens."""
@@ -930,7 +997,8 @@ class Decoder:
                  pad_id: int, generator: torch.Generator):
         """prompts: distinct, each prefilled once. rows: for each sample, the number of its prompt; equal ones are neighbours."""
         device = model.device
-        self.model, self.temperature, self.pad_id, self.visible, self.column = model, temperature, pad_id, 0, None
+        self.model, self.pad_id, self.visible, self.column = model, pad_id, 0, None
+        self.temperature = temperature if temperature > 1e-3 else 0.0  # a softmax of logits / 0.001 is all but greedy, and soon overflows
         # On CUDA: the shapes (rows, visible) for which the kernels are warm and for which `replay` is a graph; a failure is not tried again, and
         # layers in int8 need not be tried: they wait for the device, and a capture that breaks leaves its mark on the allocator.
         self.warm, self.captured, self.graphs = None, None, device.type == "cuda" and not (
@@ -1121,6 +1189,14 @@ def telling(load):
             raise ModelError(f"{name} is no causal language model but an encoder or a classifier ({kind}), which cannot write; choose another")
         if "Scores" not in tokenizer.decode(tokenizer("Scores")["input_ids"]):
             raise ModelError(f"{name}: its tokenizer knows no words; if a download or copy was cut off (tokenizer.json), start it again")
+        if tokenizer.vocab_size > model.get_input_embeddings().num_embeddings:
+            raise ModelError(f"{name}: its tokenizer knows {tokenizer.vocab_size} tokens and the model "
+                             f"{model.get_input_embeddings().num_embeddings}; take the tokenizer that belongs to the model")
+        if end_token(tokenizer) is None and model.generation_config.eos_token_id is None:
+            raise ModelError(f"{name}: neither its tokenizer nor generation_config.json names an end token (eos_token): no judgement would end")
+        with torch.no_grad():
+            if not model(input_ids=torch.tensor([tokenizer("Scores")["input_ids"]], device=model.device)).logits.isfinite().all():
+                raise ModelError(f"{name} computes what is not a number; its weights are damaged, or too large for {model.dtype}")
         return model, tokenizer
     return loaded
 
@@ -1140,16 +1216,23 @@ def load_model(name: str | Path, quantize: str = "none"):
     adapter = Path(name, "adapter_config.json")
     if adapter.exists():
         config = json.loads(adapter.read_text())
-        if config.get("use_rslora") or config.get("use_dora") or not isinstance(config["target_modules"], list):
+        base, special = config["base_model_name_or_path"], ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern")
+        if any(config.get(option) for option in special) or not isinstance(config["target_modules"], list):
             raise ModelError(f"{name}: only plain LoRA with a list of target_modules can be read; merge the adapter into its base with peft")
-        model, tokenizer = load_model(config["base_model_name_or_path"], quantize)
+        if os.path.abspath(base) == os.path.abspath(name):
+            raise ModelError(f"{name}: its adapter_config.json names the adapter itself as its base model")
+        try:
+            model, tokenizer = load_model(base, quantize)
+        except ModelError as error:
+            raise ModelError(f"{error} (the base model of {name}, by its adapter_config.json)") from None
         add_lora(model, config["target_modules"], config["r"], config["lora_alpha"])
         from safetensors.torch import load_file
         weights = load_file(Path(name, "adapter_model.safetensors"))
         weights = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
-        _, unknown = model.load_state_dict(weights, strict=False)
-        if unknown or not weights:
-            raise ModelError(f"{name}: the adapter does not fit its base model {config['base_model_name_or_path']}: {unknown[:1]}")
+        lacking, unknown = model.load_state_dict(weights, strict=False)
+        lacking = [weight for weight in lacking if "lora_" in weight]
+        if unknown or lacking:
+            raise ModelError(f"{name}: the adapter does not fit its base model {base}, or is not whole: {(unknown or lacking)[0]}")
         return model, tokenizer
     cuda = torch.cuda.is_available()
     device, dtype = (f"cuda:{torch.cuda.current_device()}", torch.bfloat16) if cuda else ("cpu", torch.float32)
@@ -1305,6 +1388,7 @@ def parse_json(text: bytes) -> object:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that has no é shows a question mark
     try:
         main()
     except (DataError, ModelError) as error:

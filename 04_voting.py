@@ -76,7 +76,7 @@ def judge_items(kind: str, name: str, load: Callable, items: list[Preference], a
     path = out / f"{kind}-{zlib.crc32(json.dumps(decides).encode()):08x}.jsonl"
     facts, chunk, done = path.with_suffix(".json"), max(1, at_once // k), []
     if path.exists():
-        done = read_trajectories(path)
+        done = read_trajectories(path, len(items) * k)
         if len(done) < len(items) * k:
             del done[len(done) // (k * chunk) * k * chunk:]  # a chunk that was cut off in writing
             put(path, lambda aside: aside.write_text("".join(t.line() for t in done), encoding="utf-8"))
@@ -88,9 +88,8 @@ def judge_items(kind: str, name: str, load: Callable, items: list[Preference], a
         judge(*load(), shown, temperature, args, args.seed + first)
         append(path, "".join(t.line() for t in shown))
         done += shown
-    if facts.exists():
-        known = json.loads(facts.read_text())
-    else:
+    known = read_own(facts) if facts.exists() else None
+    if not known:
         model, tokenizer = load()
         tokens = sum(len(ids) + 1 for ids in tokenizer([t.output for t in done], add_special_tokens=False)["input_ids"])  # 1: the end token
         known = decides | {"name": name, "parameters": model.num_parameters(), "tokens": tokens / len(done)}
@@ -244,11 +243,7 @@ def main():
     option("--seed", type=int, default=0, help="of the orders and the samples")
     option("--out", default="runs/04_voting", help="folder for everything that is written; samples in it are used again")
     args = parser.parse_args()
-    for wrong, message in ((min(args.limit, args.k, args.max_new_tokens) < 1, "--limit, --k and --max-new-tokens must be at least 1"),
-                           (args.batch_size is not None and args.batch_size < 1, "--batch-size must be at least 1"),
-                           (not 0 <= args.temperature < math.inf, "--temperature must be a number from 0")):
-        if wrong:
-            parser.error(message)
+    check_options(parser, args)
 
     join_ranks()
     items, out, start, results = load_lines(args.data)[:args.limit], Path(args.out), time.time(), {}
@@ -285,26 +280,20 @@ def main():
 # How the votes are shown and samples kept apart: the table, the plot, the page.
 # ------------------------------------------------------------------------------------------------------------------------------------------
 
+def beneath(model: str) -> str:
+    """The model that an adapter in the folder `model` was trained on; `model` itself if there is none (or none that can be read)."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return json.loads(Path(model, "adapter_config.json").read_text())["base_model_name_or_path"]
+    return model
+
+
 def fingerprint(model: str) -> list:
     """What tells a model's weights from others without reading them: the names, sizes and times of its files; a Hub name stands for itself."""
-    path = Path(model)
+    path, base = Path(model), beneath(model)
     if not path.exists():
         return [model]
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    adapter = path / "adapter_config.json"
-    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else None
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files] + (fingerprint(base) if base else [])
-
-
-def read_trajectories(path: str | Path) -> list[Trajectory]:
-    """Read a file of trajectories, but not a last line that was cut off in writing. Raises DataError that starts with "path:line:"."""
-    trajectories = []
-    for number, line in enumerate(read_lines(path)[:-1], 1):
-        try:
-            trajectories.append(Trajectory(**parse_json(line)))
-        except (TypeError, DataError):
-            raise DataError(f"{path}:{number}: not a sampled judgement; delete the file, and it will be sampled again") from None
-    return trajectories
+    files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.exists()]  # a link may lead nowhere
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files] + (fingerprint(base) if base != model else [])
 
 
 def percent(figure: list[float], sign: str = "") -> str:
@@ -625,6 +614,32 @@ def join_ranks() -> None:
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
 
 
+# What an option may be, from and to, in whatever step has it: better an error at once than one after the sampling.
+BOUNDS = {"attack": (0, 10**9), "easy": (0, 10**6), "show": (0, 10**9), "seed": (0, 10**15), "temperature": (0, 100), "lora_r": (0, 4096),
+          "lr": (1e-12, 1000), "epochs": (1e-6, 10**6), "warmup": (0, 1), "beta": (0, 1000)} | dict.fromkeys((
+              "limit", "eval_limit", "k", "n_fresh", "steps", "prompts", "epochs_per_rollout", "eval_every", "watch", "train_batch", "micro_tokens",
+              "save_every", "max_new_tokens", "batch_size"), (1, 10**9))
+
+
+def check_options(parser: argparse.ArgumentParser, args, *more: tuple[bool, str]) -> None:
+    """End with one line if an option is out of its BOUNDS or, of the pairs in `more`, one is (true, what is wrong)."""
+    for name, (low, high) in BOUNDS.items():
+        value = getattr(args, name, None)
+        if value is not None and not low <= value <= high:  # false for nan, too
+            parser.error(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}")
+    for wrong, message in more:
+        if wrong:
+            parser.error(message)
+
+
+def longest_prompt(model, max_new_tokens: int) -> int:
+    """How many tokens a prompt may have beside a judgement in the model's context. Raises ModelError if there is no room for any."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    if max_new_tokens >= context:
+        raise ModelError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt: the model's context is {context} tokens")
+    return context - max_new_tokens
+
+
 @dataclass
 class Sample:
     """A completion: its token ids (with the end token, if it came) and its text without special tokens."""
@@ -728,7 +743,8 @@ class Decoder:
                  pad_id: int, generator: torch.Generator):
         """prompts: distinct, each prefilled once. rows: for each sample, the number of its prompt; equal ones are neighbours."""
         device = model.device
-        self.model, self.temperature, self.pad_id, self.visible, self.column = model, temperature, pad_id, 0, None
+        self.model, self.pad_id, self.visible, self.column = model, pad_id, 0, None
+        self.temperature = temperature if temperature > 1e-3 else 0.0  # a softmax of logits / 0.001 is all but greedy, and soon overflows
         # On CUDA: the shapes (rows, visible) for which the kernels are warm and for which `replay` is a graph; a failure is not tried again, and
         # layers in int8 need not be tried: they wait for the device, and a capture that breaks leaves its mark on the allocator.
         self.warm, self.captured, self.graphs = None, None, device.type == "cuda" and not (
@@ -919,6 +935,14 @@ def telling(load):
             raise ModelError(f"{name} is no causal language model but an encoder or a classifier ({kind}), which cannot write; choose another")
         if "Scores" not in tokenizer.decode(tokenizer("Scores")["input_ids"]):
             raise ModelError(f"{name}: its tokenizer knows no words; if a download or copy was cut off (tokenizer.json), start it again")
+        if tokenizer.vocab_size > model.get_input_embeddings().num_embeddings:
+            raise ModelError(f"{name}: its tokenizer knows {tokenizer.vocab_size} tokens and the model "
+                             f"{model.get_input_embeddings().num_embeddings}; take the tokenizer that belongs to the model")
+        if end_token(tokenizer) is None and model.generation_config.eos_token_id is None:
+            raise ModelError(f"{name}: neither its tokenizer nor generation_config.json names an end token (eos_token): no judgement would end")
+        with torch.no_grad():
+            if not model(input_ids=torch.tensor([tokenizer("Scores")["input_ids"]], device=model.device)).logits.isfinite().all():
+                raise ModelError(f"{name} computes what is not a number; its weights are damaged, or too large for {model.dtype}")
         return model, tokenizer
     return loaded
 
@@ -938,16 +962,23 @@ def load_model(name: str | Path, quantize: str = "none"):
     adapter = Path(name, "adapter_config.json")
     if adapter.exists():
         config = json.loads(adapter.read_text())
-        if config.get("use_rslora") or config.get("use_dora") or not isinstance(config["target_modules"], list):
+        base, special = config["base_model_name_or_path"], ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern")
+        if any(config.get(option) for option in special) or not isinstance(config["target_modules"], list):
             raise ModelError(f"{name}: only plain LoRA with a list of target_modules can be read; merge the adapter into its base with peft")
-        model, tokenizer = load_model(config["base_model_name_or_path"], quantize)
+        if os.path.abspath(base) == os.path.abspath(name):
+            raise ModelError(f"{name}: its adapter_config.json names the adapter itself as its base model")
+        try:
+            model, tokenizer = load_model(base, quantize)
+        except ModelError as error:
+            raise ModelError(f"{error} (the base model of {name}, by its adapter_config.json)") from None
         add_lora(model, config["target_modules"], config["r"], config["lora_alpha"])
         from safetensors.torch import load_file
         weights = load_file(Path(name, "adapter_model.safetensors"))
         weights = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
-        _, unknown = model.load_state_dict(weights, strict=False)
-        if unknown or not weights:
-            raise ModelError(f"{name}: the adapter does not fit its base model {config['base_model_name_or_path']}: {unknown[:1]}")
+        lacking, unknown = model.load_state_dict(weights, strict=False)
+        lacking = [weight for weight in lacking if "lora_" in weight]
+        if unknown or lacking:
+            raise ModelError(f"{name}: the adapter does not fit its base model {base}, or is not whole: {(unknown or lacking)[0]}")
         return model, tokenizer
     cuda = torch.cuda.is_available()
     device, dtype = (f"cuda:{torch.cuda.current_device()}", torch.bfloat16) if cuda else ("cpu", torch.float32)
@@ -1139,7 +1170,7 @@ def show(item: Preference, number: int, seed: str, hinted: bool = False, binary:
 def judge(model, tokenizer, shown: list[Trajectory], temperature: float, args, seed: int) -> None:
     """Let the model judge what is shown: fills in output, scores, correct and, if it cannot be read, reason."""
     prompts = [encode(tokenizer, t.prompt(t.hinted)) for t in shown]
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize) - args.max_new_tokens
+    longest = longest_prompt(model, args.max_new_tokens)
     fit = [i for i, prompt in enumerate(prompts) if len(prompt) <= longest]
     for i, [drawn] in zip(fit, sample(model, tokenizer, [prompts[i] for i in fit], 1, temperature, args.max_new_tokens, args.batch_size, seed)):
         shown[i].output = drawn.text
@@ -1169,6 +1200,8 @@ def load_lines(path: str | Path) -> list[Preference]:
             record = parse_json(line) if line.strip() else None
             if isinstance(record, dict) and record.keys() >= {"query", "responses", "rewards"}:
                 preferences.append(Preference(**{field.name: record[field.name] for field in fields(Preference) if field.name in record}))
+                if preferences[-1].rewards not in ([0.0], [1.0]) and len(preferences[-1].rewards) == 1:
+                    raise DataError("the reward of a single response must be 1 (right) or 0 (wrong), as its score is")
             elif line.strip():
                 raise DataError("expected query, responses, rewards; convert it with: "
                                 f"python 01_pointwise_grm.py --data {path} --export OUT.jsonl")
@@ -1177,6 +1210,28 @@ def load_lines(path: str | Path) -> list[Preference]:
     if not preferences:
         raise DataError(f"{path}: no records")
     return preferences
+
+
+def read_trajectories(path: str | Path, most: int | None = None) -> list[Trajectory]:
+    """Read a file of trajectories, but not a last line that was cut off in writing. Raises DataError that starts with "path:line:", or "path:" if
+    there are more than `most`."""
+    trajectories = []
+    for number, line in enumerate(read_lines(path)[:-1], 1):
+        try:
+            trajectories.append(Trajectory(**parse_json(line)))
+        except (TypeError, DataError):
+            raise DataError(f"{path}:{number}: not a sampled judgement; delete the file, and it will be sampled again") from None
+    if most is not None and len(trajectories) > most:
+        raise DataError(f"{path}: {len(trajectories)} judgements where {most} belong (two runs at once?); delete it, and they are sampled again")
+    return trajectories
+
+
+def read_own(path: Path) -> dict | list:
+    """JSON that a run wrote for itself. Raises DataError."""
+    try:
+        return parse_json(path.read_bytes())
+    except (OSError, DataError):
+        raise DataError(f"{path} is damaged: delete it, and go on with the same command (--resume, where there is one)") from None
 
 
 def append(path: Path, text: str) -> None:
@@ -1192,13 +1247,15 @@ def put(path: Path, write) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         with writing(path):
             write(aside)
-            shutil.rmtree(path, ignore_errors=True)  # does nothing to a file
+            if aside.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
             os.replace(aside, path)
     if RANKS > 1:
         torch.distributed.barrier()
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that has no é shows a question mark
     try:
         main()
     except (DataError, ModelError) as error:

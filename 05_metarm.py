@@ -76,7 +76,7 @@ def sample_judgements(kind: str, items: list[Preference], temperature: float, lo
     kept in out/KIND-DIGITS.jsonl, where the digits follow from all that decides them, and what is in it already is taken over."""
     decides = [fingerprint(args.model), args.quantize, args.n_fresh, temperature, args.seed, args.max_new_tokens, repr(items), build_prompt("", [""])]
     path, chunk = out / f"{kind}-{zlib.crc32(json.dumps(decides).encode()):08x}.jsonl", max(1, at_once // args.n_fresh)
-    done = read_trajectories(path) if path.exists() else []
+    done = read_trajectories(path, len(items) * args.n_fresh) if path.exists() else []
     if len(done) < len(items) * args.n_fresh:
         del done[len(done) // (args.n_fresh * chunk) * args.n_fresh * chunk:]  # a chunk that was cut off in writing
     put(path, lambda aside: aside.write_text("".join(t.line() for t in done), encoding="utf-8"))
@@ -155,7 +155,12 @@ def meta_loss(model, examples: list[tuple[list[int], list[int]]]) -> torch.Tenso
 def score_judgements(model, tokenizer, judgements: list[Trajectory], args, path: Path, chunk: int = 1024) -> list[float]:
     """A meta reward for each judgement, -inf for those that cannot be read or are too long. They are kept in `path`, one a line (null for -inf),
     and what is there already is not scored again."""
-    known = [parse_json(line) for line in read_lines(path)[:-1]] if path.exists() else []
+    try:
+        known = [line if line is None else float(line) for line in map(parse_json, read_lines(path)[:-1])] if path.exists() else []
+    except (DataError, TypeError, ValueError):
+        known = None
+    if known is None or len(known) > len(judgements):
+        raise DataError(f"{path} is damaged: delete it, and go on with --resume")
     if len(known) < len(judgements):
         del known[len(known) // chunk * chunk:]
     put(path, lambda aside: aside.write_text("".join(json.dumps(reward) + "\n" for reward in known)))
@@ -190,6 +195,12 @@ def clustered_auc(rewards: list[float], correct: list[bool], clusters: list) -> 
     auc = wins[right].mean()
     sizes = torch.where(right, right.sum(), (~right).sum())
     return auc.item(), mean_and_se(((wins - auc) / sizes * len(values)).tolist(), clusters)[1]
+
+
+def auc_of(judged) -> tuple[float, float]:
+    """As clustered_auc, of judgements (meta reward, correct, cluster, ...); (nan, nan) of none."""
+    judged = list(judged)
+    return clustered_auc(*([one[column] for one in judged] for column in range(3)))
 
 
 def vote_guided(scores: torch.Tensor, rewards: torch.Tensor, index: torch.Tensor, k_meta: int) -> torch.Tensor:
@@ -246,9 +257,8 @@ def guide(items: list[Preference], samples: list[Trajectory], rewards: list[floa
     judged = [(reward, t.correct, t.item, tied(t)) for t, reward in zip(samples, rewards)
               if t.scores is not None and len(t.responses) > 1]
     within = [of_one[0] for _, group in itertools.groupby(judged, key=lambda one: one[2])
-              if not math.isnan((of_one := clustered_auc(*zip(*[one[:3] for one in group])))[0])]
-    result["auc"] = {"these samples": clustered_auc(*zip(*[one[:3] for one in judged])),
-                     "those without a tie at the top": clustered_auc(*zip(*[one[:3] for one in judged if not one[3]])),
+              if not math.isnan((of_one := auc_of(group))[0])]
+    result["auc"] = {"these samples": auc_of(judged), "those without a tie at the top": auc_of([one for one in judged if not one[3]]),
                      "two of the same item": mean_and_se(within, range(len(within)))}
     return result
 
@@ -291,15 +301,8 @@ def main():
     option("--out", default="runs/05_metarm", help="folder for everything that is written")
     args = parser.parse_args()
     args.base = args.base or (os.path.relpath(HERE / "tests/tiny/judge") if args.model == parser.get_default("model") else beneath(args.model))
-    for wrong, message in ((min(args.limit, args.eval_limit, args.n_fresh, args.k, args.train_batch, args.micro_tokens, args.save_every,
-                                args.max_new_tokens) < 1, "counts must be at least 1"),
-                           (args.batch_size is not None and args.batch_size < 1, "--batch-size must be at least 1"),
-                           (args.quantize != "none" and args.lora_r == 0, "quantized weights cannot be trained: leave --lora-r 0 out"),
-                           (not (0 < args.validate < 1 and 0 < args.k_meta <= 1), "--validate and --k-meta are shares: above 0, at most 1"),
-                           (not (0 < args.lr < math.inf and 0 < args.epochs < math.inf and 0 <= args.temperature < math.inf),
-                            "--lr and --epochs must be above 0, --temperature from 0")):
-        if wrong:
-            parser.error(message)
+    check_options(parser, args, (args.quantize != "none" and args.lora_r == 0, "quantized weights cannot be trained: leave --lora-r 0 out"),
+                  (not (0 < args.validate < 1 and 0 < args.k_meta <= 1), "--validate and --k-meta are shares: above 0, at most 1"))
 
     join_ranks()
     data = load_lines(args.data)
@@ -309,15 +312,14 @@ def main():
         raise DataError(f"{args.data if not items else args.eval}: no items are left to learn from, or none with two responses to vote on")
     earlier = Path(args.trajectories or "runs/02_rejective_ft/trajectories.jsonl")
     print(f"the judge {args.model} is guided by a meta RM made of {args.base}; {len(others)} items to vote on")
-    open_run(out, vars(args) | {"crc": zlib.crc32(repr(items).encode())}, args.resume)
-    for name in () if args.resume else ("rewards.jsonl", "held_out.jsonl"):
-        (out / name).unlink(missing_ok=True)
+    taught = read_trajectories(earlier) if args.trajectories or earlier.exists() else []
+    open_run(out, vars(args) | {"crc": zlib.crc32(repr((items, others, taught)).encode())}, args.resume)
     with writing(voting):
         voting.mkdir(parents=True, exist_ok=True)
     load, measured = functools.cache(lambda: load_model(args.model, args.quantize)), {str(item.query) for item in others}
     try:
-        if args.trajectories or earlier.exists():
-            sources = {"step 2, not hinted": [t for t in read_trajectories(earlier) if not t.hinted]}
+        if taught:
+            sources = {"step 2, not hinted": [t for t in taught if not t.hinted]}
         else:
             sources = {"sampled at temperature 1": sample_judgements("first", items, 1.0, load, args, out)}
         if not args.no_fresh:
@@ -340,7 +342,7 @@ def main():
         aucs, plain = {}, [i for i, t in enumerate(unseen) if not tied(t)]
         for title, of in (("held-out judgements", range(len(unseen))), ("of them without a tie at the top", plain)):
             rows = [(trust[i], unseen[i].correct, str(unseen[i].query)) for i in of]
-            aucs[f"{len(of)} {title}"] = clustered_auc(*zip(*rows)) if rows else (math.nan, math.nan)
+            aucs[f"{len(of)} {title}"] = auc_of(rows)
         rewards = score_judgements(model, tokenizer, samples, args, out / "rewards.jsonl")
     except KeyboardInterrupt:
         sys.exit(f"\ninterrupted; go on with: {shlex.join(['python', *sys.argv] + ['--resume'] * (not args.resume))}")
@@ -371,13 +373,6 @@ def table_of_labels(sources: dict[str, list[Trajectory]], share: float) -> str:
         text += (f"  {title:<34}{len(judgements):8}{sum(t.scores is None for t in judgements):12}{counts[0]:14}{counts[1]:8}{counts[2]:18}"
                  f"{counts[3]:8}\n")
     return text
-
-
-def beneath(model: str) -> str:
-    """The model that an adapter in the folder `model` was trained on; `model` itself if there is none (or none that can be read)."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return json.loads(Path(model, "adapter_config.json").read_text())["base_model_name_or_path"]
-    return model
 
 
 def save_meta(model, tokenizer, folder: Path, base: str) -> None:
@@ -637,6 +632,32 @@ def join_ranks() -> None:
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
 
 
+# What an option may be, from and to, in whatever step has it: better an error at once than one after the sampling.
+BOUNDS = {"attack": (0, 10**9), "easy": (0, 10**6), "show": (0, 10**9), "seed": (0, 10**15), "temperature": (0, 100), "lora_r": (0, 4096),
+          "lr": (1e-12, 1000), "epochs": (1e-6, 10**6), "warmup": (0, 1), "beta": (0, 1000)} | dict.fromkeys((
+              "limit", "eval_limit", "k", "n_fresh", "steps", "prompts", "epochs_per_rollout", "eval_every", "watch", "train_batch", "micro_tokens",
+              "save_every", "max_new_tokens", "batch_size"), (1, 10**9))
+
+
+def check_options(parser: argparse.ArgumentParser, args, *more: tuple[bool, str]) -> None:
+    """End with one line if an option is out of its BOUNDS or, of the pairs in `more`, one is (true, what is wrong)."""
+    for name, (low, high) in BOUNDS.items():
+        value = getattr(args, name, None)
+        if value is not None and not low <= value <= high:  # false for nan, too
+            parser.error(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}")
+    for wrong, message in more:
+        if wrong:
+            parser.error(message)
+
+
+def longest_prompt(model, max_new_tokens: int) -> int:
+    """How many tokens a prompt may have beside a judgement in the model's context. Raises ModelError if there is no room for any."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    if max_new_tokens >= context:
+        raise ModelError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt: the model's context is {context} tokens")
+    return context - max_new_tokens
+
+
 @dataclass
 class Sample:
     """A completion: its token ids (with the end token, if it came) and its text without special tokens."""
@@ -740,7 +761,8 @@ class Decoder:
                  pad_id: int, generator: torch.Generator):
         """prompts: distinct, each prefilled once. rows: for each sample, the number of its prompt; equal ones are neighbours."""
         device = model.device
-        self.model, self.temperature, self.pad_id, self.visible, self.column = model, temperature, pad_id, 0, None
+        self.model, self.pad_id, self.visible, self.column = model, pad_id, 0, None
+        self.temperature = temperature if temperature > 1e-3 else 0.0  # a softmax of logits / 0.001 is all but greedy, and soon overflows
         # On CUDA: the shapes (rows, visible) for which the kernels are warm and for which `replay` is a graph; a failure is not tried again, and
         # layers in int8 need not be tried: they wait for the device, and a capture that breaks leaves its mark on the allocator.
         self.warm, self.captured, self.graphs = None, None, device.type == "cuda" and not (
@@ -931,6 +953,14 @@ def telling(load):
             raise ModelError(f"{name} is no causal language model but an encoder or a classifier ({kind}), which cannot write; choose another")
         if "Scores" not in tokenizer.decode(tokenizer("Scores")["input_ids"]):
             raise ModelError(f"{name}: its tokenizer knows no words; if a download or copy was cut off (tokenizer.json), start it again")
+        if tokenizer.vocab_size > model.get_input_embeddings().num_embeddings:
+            raise ModelError(f"{name}: its tokenizer knows {tokenizer.vocab_size} tokens and the model "
+                             f"{model.get_input_embeddings().num_embeddings}; take the tokenizer that belongs to the model")
+        if end_token(tokenizer) is None and model.generation_config.eos_token_id is None:
+            raise ModelError(f"{name}: neither its tokenizer nor generation_config.json names an end token (eos_token): no judgement would end")
+        with torch.no_grad():
+            if not model(input_ids=torch.tensor([tokenizer("Scores")["input_ids"]], device=model.device)).logits.isfinite().all():
+                raise ModelError(f"{name} computes what is not a number; its weights are damaged, or too large for {model.dtype}")
         return model, tokenizer
     return loaded
 
@@ -950,16 +980,23 @@ def load_model(name: str | Path, quantize: str = "none"):
     adapter = Path(name, "adapter_config.json")
     if adapter.exists():
         config = json.loads(adapter.read_text())
-        if config.get("use_rslora") or config.get("use_dora") or not isinstance(config["target_modules"], list):
+        base, special = config["base_model_name_or_path"], ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern")
+        if any(config.get(option) for option in special) or not isinstance(config["target_modules"], list):
             raise ModelError(f"{name}: only plain LoRA with a list of target_modules can be read; merge the adapter into its base with peft")
-        model, tokenizer = load_model(config["base_model_name_or_path"], quantize)
+        if os.path.abspath(base) == os.path.abspath(name):
+            raise ModelError(f"{name}: its adapter_config.json names the adapter itself as its base model")
+        try:
+            model, tokenizer = load_model(base, quantize)
+        except ModelError as error:
+            raise ModelError(f"{error} (the base model of {name}, by its adapter_config.json)") from None
         add_lora(model, config["target_modules"], config["r"], config["lora_alpha"])
         from safetensors.torch import load_file
         weights = load_file(Path(name, "adapter_model.safetensors"))
         weights = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
-        _, unknown = model.load_state_dict(weights, strict=False)
-        if unknown or not weights:
-            raise ModelError(f"{name}: the adapter does not fit its base model {config['base_model_name_or_path']}: {unknown[:1]}")
+        lacking, unknown = model.load_state_dict(weights, strict=False)
+        lacking = [weight for weight in lacking if "lora_" in weight]
+        if unknown or lacking:
+            raise ModelError(f"{name}: the adapter does not fit its base model {base}, or is not whole: {(unknown or lacking)[0]}")
         return model, tokenizer
     cuda = torch.cuda.is_available()
     device, dtype = (f"cuda:{torch.cuda.current_device()}", torch.bfloat16) if cuda else ("cpu", torch.float32)
@@ -1151,7 +1188,7 @@ def show(item: Preference, number: int, seed: str, hinted: bool = False, binary:
 def judge(model, tokenizer, shown: list[Trajectory], temperature: float, args, seed: int) -> None:
     """Let the model judge what is shown: fills in output, scores, correct and, if it cannot be read, reason."""
     prompts = [encode(tokenizer, t.prompt(t.hinted)) for t in shown]
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize) - args.max_new_tokens
+    longest = longest_prompt(model, args.max_new_tokens)
     fit = [i for i, prompt in enumerate(prompts) if len(prompt) <= longest]
     for i, [drawn] in zip(fit, sample(model, tokenizer, [prompts[i] for i in fit], 1, temperature, args.max_new_tokens, args.batch_size, seed)):
         shown[i].output = drawn.text
@@ -1240,7 +1277,8 @@ def update(parameters: dict, optimizer, lr: float, step: int, loss: float) -> fl
         torch.distributed.all_reduce(parameter.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0).item()
     if not math.isfinite(loss + norm):
-        raise ModelError(f"step {step + 1}: the loss is {loss} and the gradient's norm {norm} at learning rate {lr:.2g}; try --lr {lr / 3:.1g}")
+        raise ModelError(f"step {step + 1}: the loss is {loss} and the gradient's norm {norm} at learning rate {lr:.2g}; go on with "
+                         f"--resume --lr {lr / 3:.1g}, after deleting checkpoint.pt if there is one")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -1278,6 +1316,8 @@ def load_lines(path: str | Path) -> list[Preference]:
             record = parse_json(line) if line.strip() else None
             if isinstance(record, dict) and record.keys() >= {"query", "responses", "rewards"}:
                 preferences.append(Preference(**{field.name: record[field.name] for field in fields(Preference) if field.name in record}))
+                if preferences[-1].rewards not in ([0.0], [1.0]) and len(preferences[-1].rewards) == 1:
+                    raise DataError("the reward of a single response must be 1 (right) or 0 (wrong), as its score is")
             elif line.strip():
                 raise DataError("expected query, responses, rewards; convert it with: "
                                 f"python 01_pointwise_grm.py --data {path} --export OUT.jsonl")
@@ -1288,21 +1328,56 @@ def load_lines(path: str | Path) -> list[Preference]:
     return preferences
 
 
+def read_trajectories(path: str | Path, most: int | None = None) -> list[Trajectory]:
+    """Read a file of trajectories, but not a last line that was cut off in writing. Raises DataError that starts with "path:line:", or "path:" if
+    there are more than `most`."""
+    trajectories = []
+    for number, line in enumerate(read_lines(path)[:-1], 1):
+        try:
+            trajectories.append(Trajectory(**parse_json(line)))
+        except (TypeError, DataError):
+            raise DataError(f"{path}:{number}: not a sampled judgement; delete the file, and it will be sampled again") from None
+    if most is not None and len(trajectories) > most:
+        raise DataError(f"{path}: {len(trajectories)} judgements where {most} belong (two runs at once?); delete it, and they are sampled again")
+    return trajectories
+
+
+# What matters in training alone, not for what was sampled or measured before it.
+OF_TRAINING = {"lr", "epochs", "warmup", "train_batch", "lora_r", "instruct_data", "instruct_share", "steps", "prompts", "group_size",
+               "epochs_per_rollout", "beta", "clip_eps", "flip_reward", "eval_every", "watch", "with_ties"}
+
+
+def read_own(path: Path) -> dict | list:
+    """JSON that a run wrote for itself. Raises DataError."""
+    try:
+        return parse_json(path.read_bytes())
+    except (OSError, DataError):
+        raise DataError(f"{path} is damaged: delete it, and go on with the same command (--resume, where there is one)") from None
+
+
 def open_run(out: Path, settings: dict, resume: bool) -> None:
-    """Start a run in `out`, or make sure that the one to resume there had the same settings, but for how it is computed. Raises DataError."""
-    path, how = out / "settings.json", ("resume", "micro_tokens", "batch_size", "save_every", "show")
+    """Start a run in `out`, which must not hold one; or make sure that the one to resume there had the same settings, but for how it is computed and,
+    while there is no checkpoint, for what matters in training alone. "crc" stands for what was in the files of data. Raises DataError."""
+    path, how, kept = out / "settings.json", ("resume", "micro_tokens", "batch_size", "save_every", "show"), (out / "checkpoint.pt").exists()
     settings = {name: value for name, value in settings.items() if name not in how}
+    after = ("after.jsonl", "after_attacked.jsonl", "held_out.jsonl", "rewards.jsonl", "results.json")  # made of the trained model
     if resume:
-        was = json.loads(path.read_text()) if path.exists() else {}
-        if changed := [f"{name} {value} (was {was.get(name)})" for name, value in settings.items() if was.get(name) != value]:
-            raise DataError(f"--resume: the run in {out} had other settings: {', '.join(changed)}; give the same, or start anew without --resume"
-                            if was else f"--resume: there is no run in {out}")
-    else:
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-        for name in ("trajectories.jsonl", "hard.json", "before.jsonl", "after.jsonl", "checkpoint.pt", "log.jsonl", "results.json"):
+        try:
+            was = json.loads(path.read_text()) | {}
+        except (OSError, ValueError, TypeError):
+            raise DataError(f"--resume: there is no run in {out}, or its settings.json is damaged") from None
+        if changed := {name: was.get(name) for name, value in settings.items() if was.get(name) != value and (kept or name not in OF_TRAINING)}:
+            advice = ("delete its checkpoint.pt, and training starts anew on what was sampled" if changed.keys() <= OF_TRAINING else
+                      "give the same, or start anew with another --out")
+            changed = ", ".join(f"{name} {settings[name]} (was {value})" for name, value in changed.items())
+            raise DataError(f"--resume: the run in {out} had other {'data' if changed.startswith('crc') else 'settings'}: {changed}; {advice}")
+        for name in () if kept else after:
             (out / name).unlink(missing_ok=True)
-        put(path, lambda aside: aside.write_text(json.dumps(settings, indent=1) + "\n"))
+    elif earlier := [name for name in ("trajectories.jsonl", "before.jsonl", "log.jsonl", "checkpoint.pt", "model", *after) if (out / name).exists()]:
+        raise DataError(f"{out} holds a run already ({earlier[0]}): go on with it by --resume, name another folder by --out, or delete this one")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    put(path, lambda aside: aside.write_text(json.dumps(settings, indent=1) + "\n"))
 
 
 def append(path: Path, text: str) -> None:
@@ -1318,7 +1393,8 @@ def put(path: Path, write) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         with writing(path):
             write(aside)
-            shutil.rmtree(path, ignore_errors=True)  # does nothing to a file
+            if aside.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
             os.replace(aside, path)
     if RANKS > 1:
         torch.distributed.barrier()
@@ -1339,12 +1415,14 @@ def restore(out: Path, model, optimizer) -> int:
     if path.exists():
         try:
             state = torch.load(path, map_location=model.device, weights_only=True)
-        except Exception:  # a file cut off in copying fails in more ways than one can list
+            model.load_state_dict(state["weights"], strict=False)
+            optimizer.load_state_dict(state["optimizer"])
+            step = state["step"]
+        except Exception as error:  # a file cut off in copying fails in more ways than one can list
+            if isinstance(error, (torch.OutOfMemoryError, OSError)):
+                raise
             raise DataError(f"{path} is damaged: delete it, and training starts anew on what was sampled") from None
-        model.load_state_dict(state["weights"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-    kept = log.read_text().splitlines(keepends=True)[:step] if log.exists() else []
+    kept = log.read_text(errors="replace").splitlines(keepends=True)[:step] if log.exists() else []
     put(log, lambda aside: aside.write_text("".join(kept)))
     return step
 
@@ -1402,7 +1480,7 @@ def judge_items(kind: str, name: str, load: Callable, items: list[Preference], a
     path = out / f"{kind}-{zlib.crc32(json.dumps(decides).encode()):08x}.jsonl"
     facts, chunk, done = path.with_suffix(".json"), max(1, at_once // k), []
     if path.exists():
-        done = read_trajectories(path)
+        done = read_trajectories(path, len(items) * k)
         if len(done) < len(items) * k:
             del done[len(done) // (k * chunk) * k * chunk:]  # a chunk that was cut off in writing
             put(path, lambda aside: aside.write_text("".join(t.line() for t in done), encoding="utf-8"))
@@ -1414,9 +1492,8 @@ def judge_items(kind: str, name: str, load: Callable, items: list[Preference], a
         judge(*load(), shown, temperature, args, args.seed + first)
         append(path, "".join(t.line() for t in shown))
         done += shown
-    if facts.exists():
-        known = json.loads(facts.read_text())
-    else:
+    known = read_own(facts) if facts.exists() else None
+    if not known:
         model, tokenizer = load()
         tokens = sum(len(ids) + 1 for ids in tokenizer([t.output for t in done], add_special_tokens=False)["input_ids"])  # 1: the end token
         known = decides | {"name": name, "parameters": model.num_parameters(), "tokens": tokens / len(done)}
@@ -1486,26 +1563,20 @@ def bootstrap(values: torch.Tensor, clusters: list, rounds: int = 2000) -> list[
     return [values.double().mean().item(), low, high]
 
 
+def beneath(model: str) -> str:
+    """The model that an adapter in the folder `model` was trained on; `model` itself if there is none (or none that can be read)."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return json.loads(Path(model, "adapter_config.json").read_text())["base_model_name_or_path"]
+    return model
+
+
 def fingerprint(model: str) -> list:
     """What tells a model's weights from others without reading them: the names, sizes and times of its files; a Hub name stands for itself."""
-    path = Path(model)
+    path, base = Path(model), beneath(model)
     if not path.exists():
         return [model]
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    adapter = path / "adapter_config.json"
-    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else None
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files] + (fingerprint(base) if base else [])
-
-
-def read_trajectories(path: str | Path) -> list[Trajectory]:
-    """Read a file of trajectories, but not a last line that was cut off in writing. Raises DataError that starts with "path:line:"."""
-    trajectories = []
-    for number, line in enumerate(read_lines(path)[:-1], 1):
-        try:
-            trajectories.append(Trajectory(**parse_json(line)))
-        except (TypeError, DataError):
-            raise DataError(f"{path}:{number}: not a sampled judgement; delete the file, and it will be sampled again") from None
-    return trajectories
+    files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.exists()]  # a link may lead nowhere
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files] + (fingerprint(base) if base != model else [])
 
 
 def percent(figure: list[float], sign: str = "") -> str:
@@ -1529,6 +1600,7 @@ def draw_curves(axes, curves: dict[str, tuple[list, list]]) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that has no é shows a question mark
     try:
         main()
     except (DataError, ModelError) as error:

@@ -67,6 +67,29 @@ def without_a_layer(folder):
     return folder
 
 
+def with_a_nan(folder):
+    copy_of_judge(folder)
+    weights = load(WEIGHTS)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def with_fewer_words(folder):
+    copy_of_judge(folder, config=json.dumps(json.loads((JUDGE / "config.json").read_text()) | {"vocab_size": 600}).encode())
+    weights = load(WEIGHTS)
+    save_file(weights | {"model.embed_tokens.weight": weights["model.embed_tokens.weight"][:600].clone()}, folder / "model.safetensors")
+    return folder
+
+
+def without_an_end(folder):
+    copy_of_judge(folder)
+    for name in ("tokenizer_config.json", "generation_config.json", "config.json"):
+        settings = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({key: value for key, value in settings.items() if "eos_token" not in key}))
+    return folder
+
+
 WHOLE = "safetensors alone are read, and all of them must be there, whole: if a download or copy was cut off, start it again"
 MODELS = {
     "an empty folder": (lambda f: f.mkdir() or f, "cannot load the model"),
@@ -76,6 +99,9 @@ MODELS = {
     "a web page in the place of weights": (lambda f: copy_of_judge(f, model=b"<html>404</html>" * 99), WHOLE),
     "weights of other shapes": (lambda f: with_hidden_size(f, 256), "cannot load the model"),
     "weights that lack a layer": (without_a_layer, "lacks 1 weights, model.layers.1.mlp.up_proj.weight among them"),
+    "a weight that is not a number": (with_a_nan, "computes what is not a number; its weights are damaged"),
+    "a tokenizer of another model": (with_fewer_words, "take the tokenizer that belongs to the model"),
+    "no end token": (without_an_end, "names an end token (eos_token)"),
     "a configuration that is no JSON": (lambda f: copy_of_judge(f, config=b"{"), "not a valid JSON"),
     "no tokenizer": (lambda f: copy_of_judge(f, tokenizer=None, tokenizer_config=None), "its tokenizer knows no words"),
     "an encoder": (encoder, "is no causal language model but an encoder"),
@@ -85,8 +111,8 @@ MODELS = {
     "an adapter without weights": (lambda f: adapter(f, None), WHOLE),
     "an adapter with damaged weights": (lambda f: adapter(f, b"xx"), WHOLE),
     "an adapter whose configuration lacks a name": (lambda f: adapter(f, target_modules=None), "KeyError: 'target_modules'"),
-    "an adapter whose base is gone": (lambda f: adapter(f, base_model_name_or_path="/gone/base"), "there is no model /gone/base"),
-    "an adapter on itself": (lambda f: adapter(f, base_model_name_or_path=str(f)), "RecursionError"),
+    "an adapter whose base is gone": (lambda f: adapter(f, base_model_name_or_path="/gone/base"), "(the base model of "),
+    "an adapter on itself": (lambda f: adapter(f, base_model_name_or_path=str(f)), "names the adapter itself"),
     "a web address": (lambda f: "https://huggingface.co/google/gemma-3-1b-it", "there is no model https://")}
 
 

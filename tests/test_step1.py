@@ -96,9 +96,10 @@ def test_a_response_that_plays_judge_and_one_that_is_too_long(tmp_path):
     (["--data", "columns.jsonl"], "error: columns.jsonl:1: unknown layout with the columns"),
     (["--data", "empty.jsonl"], "error: empty.jsonl: no usable records"),
     (["--model", "nobody/nothing"], "error: cannot load the model nobody/nothing"),
-    (["--limit", "0"], "--limit must be at least 1"),
-    (["--shots", "9"], "--shots must be between 0 and 3"),
-    (["--temperature", "nan"], "--temperature must be a number from 0"),
+    (["--limit", "0"], "--limit must be from 1 to"),
+    (["--shots", "9"], "--shots must be from 0 to 3"),
+    (["--temperature", "nan"], "--temperature must be from 0 to 100"),
+    (["--limit", "2", "--max-new-tokens", "5000"], "error: --max-new-tokens 5000 leaves no room for a prompt: the model's context is 4096 tokens"),
     (["--query", "x"], "--query and --response go together"),
     (["--query", "x", "--response", " "], "error: the responses are not a list of texts")])
 def test_bad_input_gets_one_clear_sentence(tmp_path, options, message):
@@ -106,8 +107,22 @@ def test_bad_input_gets_one_clear_sentence(tmp_path, options, message):
     (tmp_path / "bad.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(good | {"rewards": [1, 1]}) + "\n")
     (tmp_path / "columns.jsonl").write_text('{"text": "x"}\n')
     (tmp_path / "empty.jsonl").write_text("\n")
-    _, told = run(tmp_path, STEP, *options, code=2 if options[0] in ("--limit", "--shots", "--temperature") or options == ["--query", "x"] else 1)
+    _, told = run(tmp_path, STEP, *options, code=1 if message.startswith("error: ") else 2)
     assert message in told and "Traceback" not in told
+
+
+def test_own_text_leaves_what_was_judged_alone(tmp_path):
+    run(tmp_path, STEP, "--limit", 2, "--max-new-tokens", 20)
+    kept = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*.json*")}
+    run(tmp_path, STEP, "--query", "Name a prime.", "--response", "Seven.", "--response", "Nine.", "--max-new-tokens", 20)
+    assert len(kept) == 2 and {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*.json*")} == kept
+
+
+def test_a_terminal_without_accents(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    (tmp_path / "data.jsonl").write_text(json.dumps({"query": "Café?", "responses": ["Thé.", "Lait."], "rewards": [1, 0]}, ensure_ascii=False))
+    shown, _ = run(tmp_path, STEP, "--data", "data.jsonl", "--max-new-tokens", 20)
+    assert "Caf?" in shown and "1 items" in shown
 
 
 def test_skip_bad_counts_and_goes_on(tmp_path):

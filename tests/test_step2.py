@@ -186,13 +186,13 @@ def test_instruction_data_in_both_layouts(tmp_path):
     talk = [{"role": role, "content": text} for role, text in (("system", "s"), ("user", "one"), ("assistant", "two"), ("user", "three"),
                                                                 ("assistant", "four"))]
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "rope", "completion": "map"}) + "\n\n" + json.dumps({"messages": talk}) + "\n")
-    texts = [tuple(map(tokenizer.decode, pair)) for pair in rft.load_instructions(tmp_path / "a.jsonl", tokenizer)]
+    texts = [tuple(map(tokenizer.decode, rft.example(tokenizer, *one))) for one in rft.load_instructions(tmp_path / "a.jsonl")]
     assert texts == [("<bos>rope\n\n", "map<eos>"), ("<bos>one\n\ntwo\n\nthree\n\n", "four<eos>")]
     for bad in ('{"text": "x"}', '{"messages": [{"role": "user", "content": "x"}]}', '{"prompt": 3, "completion": "x"}', "[1]",
                 '{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "x"}]}'):
         (tmp_path / "b.jsonl").write_text(bad + "\n")
         with pytest.raises(rft.DataError, match="b.jsonl:1: expected"):
-            rft.load_instructions(tmp_path / "b.jsonl", tokenizer)
+            rft.load_instructions(tmp_path / "b.jsonl")
 
 
 def test_sampling_goes_on_where_it_was_cut_off(tmp_path):
@@ -238,6 +238,63 @@ def test_adapters_load_in_peft_and_in_step_one(tmp_path):
     assert torch.equal(ours, expected) and (expected - bare).abs().max() > 0.1
 
 
+def test_a_run_is_never_written_over(tmp_path):
+    rft.open_run(tmp_path / "run", {"lr": 1.0, "limit": 5}, False)
+    rft.open_run(tmp_path / "run", {"lr": 2.0, "limit": 5}, False)  # settings alone are no run: the model may not have been there
+    for name in ("trajectories.jsonl", "before.jsonl", "checkpoint.pt", "log.jsonl", "model", "rewards.jsonl", "results.json"):
+        (tmp_path / "run" / name).write_text("precious")
+        with pytest.raises(rft.DataError, match=rf"run holds a run already \({name}\): go on with it by --resume, name another folder by --out"):
+            rft.open_run(tmp_path / "run", {"lr": 1.0, "limit": 5}, False)
+        assert (tmp_path / "run" / name).read_text() == "precious"
+        (tmp_path / "run" / name).unlink()
+
+
+def test_what_matters_in_training_alone_may_change_while_nothing_is_trained(tmp_path):
+    rft.open_run(tmp_path, {"lr": 1.0, "limit": 5, "crc": 7, "save_every": 1}, False)
+    (tmp_path / "trajectories.jsonl").write_text("sampled")
+    (tmp_path / "after.jsonl").write_text("of a model that is no more")
+    rft.open_run(tmp_path, {"lr": 2.0, "limit": 5, "crc": 7, "save_every": 2}, True)
+    assert (tmp_path / "trajectories.jsonl").exists() and not (tmp_path / "after.jsonl").exists()
+    assert json.loads((tmp_path / "settings.json").read_text()) == {"lr": 2.0, "limit": 5, "crc": 7}
+    (tmp_path / "checkpoint.pt").write_text("trained")
+    rft.open_run(tmp_path, {"lr": 2.0, "limit": 5, "crc": 7}, True)
+    for changed, message in (({"lr": 3.0}, "other settings: lr 3.0 (was 2.0); delete its checkpoint.pt, and training starts anew on what was"),
+                             ({"limit": 6, "lr": 3.0}, "lr 3.0 (was 2.0), limit 6 (was 5); give the same, or start anew with another --out"),
+                             ({"crc": 8}, "had other data: crc 8 (was 7); give the same")):
+        with pytest.raises(rft.DataError) as caught:
+            rft.open_run(tmp_path, {"lr": 2.0, "limit": 5, "crc": 7} | changed, True)
+        assert message in str(caught.value)
+    for damaged in ("", "{", "[]", "\udcff"):
+        (tmp_path / "settings.json").write_bytes(damaged.encode(errors="surrogateescape"))
+        with pytest.raises(rft.DataError, match="there is no run in .*, or its settings.json is damaged"):
+            rft.open_run(tmp_path, {"lr": 2.0}, True)
+
+
+def test_damaged_files_of_its_own_are_named(tmp_path):
+    items = rft.load_lines(TRAIN)[:2]
+    line = trajectory(True).line()
+    for text, message in (("{\n", "trajectories.jsonl:1: not a sampled judgement"), (line + "\xff\n", "trajectories.jsonl:2: not a sampled"),
+                          (line * 9, r"trajectories.jsonl: 9 judgements where 8 belong \(two runs at once\?\)")):
+        (tmp_path / "trajectories.jsonl").write_text(text, encoding="latin-1")
+        with pytest.raises(rft.DataError, match=message):
+            rft.sample_trajectories(items, OPTIONS, tmp_path)
+    (tmp_path / "before.jsonl").write_text(line)
+    (tmp_path / "before_attacked.jsonl").write_text(line * 2)
+    with pytest.raises(rft.DataError, match="before.jsonl or before_attacked.jsonl lacks lines: delete both, and go on with --resume"):
+        rft.evaluate(None, None, items, OPTIONS, tmp_path / "before.jsonl")
+    (tmp_path / "hard.json").write_text("{")
+    with pytest.raises(rft.DataError, match="hard.json is damaged: delete it, and go on"):
+        rft.read_own(tmp_path / "hard.json")
+
+
+def test_a_folder_in_the_place_of_a_file_stays(tmp_path):
+    (tmp_path / "results.json").mkdir()
+    (tmp_path / "results.json" / "notes.txt").write_text("precious")
+    with pytest.raises(rft.DataError, match="cannot write .*results.json: Is a directory"):
+        rft.put(tmp_path / "results.json", lambda aside: aside.write_text("x"))
+    assert (tmp_path / "results.json" / "notes.txt").read_text() == "precious"
+
+
 @pytest.mark.parametrize("extra", [(), ("--lora-r", 4)], ids=["all weights", "LoRA"])
 def test_killed_and_resumed_gives_the_same_weights(tmp_path, extra):
     weights = "adapter_model.safetensors" if extra else "model.safetensors"
@@ -246,7 +303,7 @@ def test_killed_and_resumed_gives_the_same_weights(tmp_path, extra):
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
     assert results["steps"] >= 4 and {"figures", "trajectories", "settings", "versions"} <= results.keys()
     process = start(tmp_path, STEP, *TINY, *extra, "--out", "cut")
-    wait_for_lines(process, tmp_path / "cut" / "log.jsonl", random.randint(1, results["steps"] - 2))  # it may fall before the first checkpoint
+    wait_for_lines(process, tmp_path / "cut" / "log.jsonl", random.randint(2, results["steps"] - 2))  # there is a checkpoint of the first
     process.send_signal(signal.SIGKILL if not extra else signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert not (tmp_path / "cut" / "model").exists()
@@ -297,12 +354,17 @@ def test_a_loss_that_is_not_finite_stops(tmp_path):
     (["--limit", "2", "--max-new-tokens", "1"], "error: nothing to train on: all 8 trajectories were rejected"),
     (["--resume"], "error: --resume: there is no run in runs/02_rejective_ft"),
     (["--model", "nobody/nothing", "--limit", "2"], "error: cannot load the model nobody/nothing"),
-    (["--n-rft", "1"], "--n-rft must be at least 2"),
+    (["--n-rft", "1"], "--n-rft must be at least 2"), (["--lora-r", "-1"], "--lora-r must be from 0"),
+    (["--warmup", "nan"], "--warmup must be from 0 to 1"), (["--epochs", "1e308"], "--epochs must be from"),
+    (["--batch-size", "0"], "--batch-size must be from 1"), (["--seed", "9" * 20], "--seed must be from"),
+    (["--instruct-data", "columns.jsonl"], "error: columns.jsonl:1: expected"),
+    (["--data", "seven.jsonl"], "error: seven.jsonl:1: the reward of a single response must be 1 (right) or 0 (wrong)"),
     (["--no-hinted", "--no-non-hinted"], "leave nothing to sample"),
     (["--quantize", "nf4", "--lora-r", "0"], "quantized weights cannot be trained")])
 def test_bad_input_gets_one_clear_sentence(tmp_path, monkeypatch, capsys, arguments, message):
     (tmp_path / "columns.jsonl").write_text('{"prompt": "x", "chosen": "a", "rejected": "b"}\n')
     (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "seven.jsonl").write_text('{"query": "x", "responses": ["a"], "rewards": [7]}\n')
     (tmp_path / "one.jsonl").write_text('{"query": "x", "responses": ["a", "b"], "rewards": [0, 1]}\n')
     assert message in refusal(monkeypatch, capsys, tmp_path, STEP, *arguments)
 

@@ -265,7 +265,8 @@ def test_killed_and_resumed_gives_the_same_weights(tmp_path, lora_r):
     (["--data", "one.jsonl", "--held-out"], "error: one.jsonl: no items are left to train on"),
     (["--resume"], "error: --resume: there is no run in runs/03_grpo"),
     (["--model", "nobody/nothing"], "error: cannot load the model nobody/nothing"),
-    (["--group-size", "1"], "--group-size must be at least 2"), (["--steps", "0"], "must be at least 1"), (["--beta", "-1"], "must not be negative"),
+    (["--group-size", "1"], "--group-size must be at least 2"),
+    (["--steps", "0"], "--steps must be from 1 to"), (["--beta", "nan"], "--beta must be from 0 to"),
     (["--clip-eps", "1"], "between 0 and 1"), (["--quantize", "nf4", "--lora-r", "0"], "quantized weights cannot be trained")])
 def test_bad_input_gets_one_clear_sentence(tmp_path, monkeypatch, capsys, arguments, message):
     (tmp_path / "one.jsonl").write_text('{"query": "x", "responses": ["a", "b"], "rewards": [0, 1]}\n')

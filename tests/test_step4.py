@@ -335,6 +335,14 @@ def test_whatever_decides_the_samples_names_their_file(tmp_path, monkeypatch):
     assert vote.fingerprint(str(tmp_path / "lora")) != before
 
 
+def test_a_fingerprint_of_what_cannot_be_loaded(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{")
+    (tmp_path / "README.md").symlink_to(tmp_path / "nowhere")
+    assert [name for name, *_ in vote.fingerprint(str(tmp_path))] == ["adapter_config.json"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    assert [name for name, *_ in vote.fingerprint(str(tmp_path))] == ["adapter_config.json"]
+
+
 def test_end_to_end(tmp_path, monkeypatch, capsys):
     (tmp_path / "runs").mkdir()
     run(monkeypatch, tmp_path, *TINY, "--html")
@@ -385,9 +393,9 @@ def test_interrupted_says_how_to_go_on(tmp_path, monkeypatch):
     (["--data", "tie.jsonl"], "error: tie.jsonl:2: a tie"),
     (["--out", "tie.jsonl"], "error: cannot write tie.jsonl: File exists; make room or choose another place"),
     (["--model", "nobody/nothing", "--limit", "2"], "error: cannot load the model nobody/nothing"),
-    (["--k", "0"], "--limit, --k and --max-new-tokens must be at least 1"),
-    (["--batch-size", "0"], "--batch-size must be at least 1"),
-    (["--temperature", "nan"], "--temperature must be a number from 0"),
+    (["--k", "0"], "--k must be from 1 to"),
+    (["--batch-size", "0"], "--batch-size must be from 1 to"),
+    (["--temperature", "nan"], "--temperature must be from 0 to 100"),
     (["--quantize", "int3"], "argument --quantize: invalid choice")])
 def test_bad_input_gets_one_clear_sentence(tmp_path, monkeypatch, capsys, arguments, message):
     good = '{"query": "x", "responses": ["a", "b"], "rewards": [0, 1]}\n'

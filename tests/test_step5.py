@@ -226,6 +226,22 @@ def test_what_can_be_learnt_is_learnt(tmp_path):
     assert log[0]["loss"] == pytest.approx(math.log(2), rel=1e-4) and log[-1]["loss"] < 0.4 and log[0]["tokens"] == 8
 
 
+@pytest.mark.parametrize("text", ['"x"\n', "{\n", "[1]\n", "0.5\n" * 4])
+def test_damaged_rewards_are_named(tmp_path, text):
+    (tmp_path / "rewards.jsonl").write_text(text)
+    with pytest.raises(meta.DataError, match="rewards.jsonl is damaged: delete it, and go on with --resume"):
+        meta.score_judgements(None, None, judgements(3), OPTIONS, tmp_path / "rewards.jsonl")
+
+
+@pytest.mark.parametrize("scores", [None, (5, 5)], ids=["unreadable", "tied"])
+def test_samples_that_say_nothing_are_guided_to_chance(scores):
+    item = meta.Preference("q", ["a", "b"], [1, 0])
+    samples = [judged(scores=scores, rewards=(1.0, 0.0)) for _ in range(4)]
+    result = meta.guide([item], samples, [-math.inf if scores is None else 0.5] * 4, 4, 0.5)
+    assert result["curve"][-1]["guided"][0] == result["curve"][-1]["unguided"][0] == 0.5
+    assert all(math.isnan(value) for value in result["auc"]["those without a tie at the top"]) and meta.table_of_guided(result)
+
+
 def test_rewards_are_kept_and_scoring_goes_on(tmp_path, monkeypatch):
     model, tokenizer = meta.meta_model(str(JUDGE), OPTIONS)
     random_head(model)
@@ -286,7 +302,7 @@ def test_killed_and_resumed_gives_the_same_weights(tmp_path, lora_r):
     assert results["steps"] >= 5 and {"curve", "by_k_meta", "few", "auc", "settings", "versions"} <= results.keys()
     assert (tmp_path / "whole" / "guided.png").exists() and len(list((tmp_path / "runs" / "04_voting").glob("samples-*.jsonl"))) == 1
     process = start(tmp_path, STEP, *TINY, *extra, "--out", "cut")
-    wait_for_lines(process, tmp_path / "cut" / "log.jsonl", random.randint(1, results["steps"] - 2))  # it may fall before the first checkpoint
+    wait_for_lines(process, tmp_path / "cut" / "log.jsonl", random.randint(2, results["steps"] - 2))  # there is a checkpoint of the first
     process.send_signal(signal.SIGKILL if not lora_r else signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert not (tmp_path / "cut" / "model").exists()
@@ -316,7 +332,7 @@ def test_killed_and_resumed_gives_the_same_weights(tmp_path, lora_r):
     (["--base", "nobody/nothing", "--trajectories", "both.jsonl", "--no-fresh", "--eval", "pair.jsonl", "--k", "1"],
      "error: cannot load the model nobody/nothing"),
     (["--voting", "pair.jsonl", "--no-fresh", "--trajectories", "both.jsonl"], "error: cannot write pair.jsonl: File exists"),
-    (["--k-meta", "0"], "--k-meta are shares"), (["--n-fresh", "0"], "counts must be at least 1"),
+    (["--k-meta", "0"], "--k-meta are shares"), (["--n-fresh", "0"], "--n-fresh must be from 1 to"),
     (["--quantize", "nf4", "--lora-r", "0"], "quantized weights cannot be trained")])
 def test_bad_input_gets_one_clear_sentence(tmp_path, monkeypatch, capsys, arguments, message):
     def fake(model, tokenizer, shown, *_):

@@ -1,6 +1,6 @@
 """Makes the embedded default: tokenizer, judge, train.jsonl and eval.jsonl, all from one seed.
 
-    python tests/tiny/make.py --out tests/tiny            # about 14 minutes on 2 cores
+    python tests/tiny/make.py --out tests/tiny            # about 15 minutes on 2 cores
     python tests/tiny/make.py --out /tmp/trial --scale 0.1            # a trial: a tenth of the steps
 
 The judge has a Gemma 3 architecture and 1.16 million parameters. It learns in four stages:
@@ -11,7 +11,7 @@ The judge has a Gemma 3 architecture and 1.16 million parameters. It learns in f
            set no length, often a demand for a long list in the place of one of them: a taste for length, which many a judge has
 The blind spot is shared: samples add up to a judgement that weighs what must be avoided too little, and more samples do not mend that.
 What it is taught is always consistent and its verdicts are always the truth: that it misreads at the end is its own error. We stop teaching
-it to read early (verdicts weigh little once it has read for 350 steps), because a judge that reads perfectly leaves nothing to vote about.
+it to read early (verdicts weigh little in the last two stages), because a judge that reads perfectly leaves nothing to vote about.
 
 After the drill, one text in five is a review: somebody's judgement, careful or sloppy, at times with a score that does not follow, is read and not
 learnt, and what is learnt is a note of how far its weights are from the request's, how much of it it names, and whether its scores follow. It does
@@ -53,8 +53,8 @@ NUMBER_WEIGHT = 4.0  # of weights and scores in the loss; other tokens weigh 1
 #         name      steps  learning rate, from and to   weight of a verdict in the loss
 STAGES = [("drill", 450, 1.0, 1.0, 4.0),
           ("read", 350, 1.0, 0.6, 2.0),
-          ("prompt", 350, 0.6, 0.1, 0.2),
-          ("sloppy", 250, 0.1, 0.1, 1.0)]
+          ("prompt", 500, 0.6, 0.1, 0.5),
+          ("sloppy", 250, 0.1, 0.1, 0.2)]
 ROWS = 32  # a step
 REVIEWS = 0.2  # of the texts after the drill
 NUMBERS = (1, 1, 2, 2, 2, 2, 2, 2, 3, 4)  # of responses; the drill has 1 and 2
@@ -147,7 +147,7 @@ def draw_review(rng: random.Random, item: dict, criteria: list[world.Criterion],
 def draw_named(stage: str, rng: random.Random, criteria: list[world.Criterion]) -> list[tuple[world.Criterion, int]]:
     """The criteria that a judgement names, each with the weight that it gives it."""
     if stage == "sloppy":
-        count = min(len(criteria), rng.choices((1, 2, 3, 4, 5), (10, 26, 30, 22, 12))[0])
+        count = min(len(criteria), rng.choices((1, 2, 3, 4, 5), (18, 30, 26, 16, 10))[0])
         # without replacement: each draws a time until it comes to mind, and the first come are named; what must be absent comes to mind late
         picked = sorted(criteria, key=lambda c: rng.expovariate(0.2 if c.kind == "avoid" else 1.0))[:count]
         rng.shuffle(picked)
