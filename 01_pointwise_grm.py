@@ -243,7 +243,7 @@ def judge_file(model, tokenizer, items: list[Preference], ask: dict, args, path:
     shots = worked_examples(args.shots, **ask)
     repeated = build_prompt("", [""], **ask).split("\n")[0] if shots else None  # a base model goes on with a next item
     longest = longest_prompt(model, args.max_new_tokens)
-    opening = "" if ask["principles"] else "Analysis:"  # put into the mouth of a judge that was trained to write principles unasked
+    opening = "" if ask["principles"] else "Analysis: Response 1"  # put into the mouth of a judge that would write principles unasked, even here
     judged, tokens, stopped = [], 0, ""
     try:
         with open(path if RANK == 0 else os.devnull, "w", encoding="utf-8") as file:

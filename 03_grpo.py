@@ -1320,9 +1320,10 @@ def read_own(path: Path) -> dict | list:
 
 
 def open_run(out: Path, settings: dict, resume: bool) -> None:
-    """Start a run in `out`, which must not hold one; or make sure that the one to resume there had the same settings, but for how it is computed and,
-    while there is no checkpoint, for what matters in training alone. "crc" stands for what was in the files of data. Raises DataError."""
-    path, how, kept = out / "settings.json", ("resume", "micro_tokens", "batch_size", "save_every", "show"), (out / "checkpoint.pt").exists()
+    """Start a run in `out`, which must not hold one; or make sure that the one to resume there had the same settings, but for how it is computed or
+    shown and, while there is no checkpoint, for what matters in training alone. "crc" stands for what was in the files of data. Raises DataError."""
+    path, kept = out / "settings.json", (out / "checkpoint.pt").exists()
+    how = ("resume", "micro_tokens", "batch_size", "save_every", "show", "k_meta")
     settings = {name: value for name, value in settings.items() if name not in how}
     after = ("after.jsonl", "after_attacked.jsonl", "held_out.jsonl", "rewards.jsonl", "results.json")  # made of the trained model
     if resume:

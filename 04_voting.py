@@ -367,6 +367,9 @@ def plot_votes(results: dict[str, dict], path: Path) -> None:
         for axes in right:
             draw_curves(axes, {name: ([k * result["tokens"] * result["parameters"] for k in ks], figures[name]) for name, result in results.items()})
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_formatter("{x:.0e}")
+            axes.xaxis.set_minor_formatter("")
             axes.set_xlabel("compute per item: generated tokens \u00d7 parameters")
         figure.savefig(path, format="png", dpi=150)
 

@@ -11,7 +11,7 @@ be guided: their errors are the ones it will meet. (Judgements with a tie at the
 this small meta RM is not shown them unless --with-ties says so: ties are easily told, and guiding gained less.) Guided voting then keeps, of k
 samples, the k_meta with the highest meta reward (default k/2; --k-meta sets the share) and sums those (Eq. 14). Nothing is asked twice: step 4's
 samples are voted on again, and the truth serves only to measure: the oracle line keeps exactly the correct samples. With --model tests/tiny/judge
-guiding gains (7.0 +- 2.5 points with 16 of 32); for the embedded judge after GRPO, the default, it does not (-1.3 +- 1.5). Look at both, and ask why.
+guiding gains (7.0 +- 2.2 points with 16 of 32); for the embedded judge after GRPO, the default, it does not (0.2 +- 1.9). Look at both, and ask why.
 
     python 05_metarm.py                                                            the latest embedded judge, 2 CPU cores, under 6 minutes
     python 05_metarm.py --model google/gemma-3-4b-it --base google/gemma-3-4b-it --quantize nf4 --data train.jsonl --eval eval.jsonl --lr 1e-4
@@ -31,7 +31,7 @@ Exercises (what is asked for goes into this file, above main(); the check says w
 3. Guided voting compares judgements of one item alone. Write ranking_loss(rewards, labels, items): the mean of -log sigmoid(right - wrong) over all
    pairs of a right and a wrong judgement of the same item, 0 without any. rewards is a tensor (n,), labels a list of 0 and 1, items one of item
    numbers. Check: pytest tests/exercises.py -k 05_3
-Then look: --k-meta 0.25 trusts the meta reward more, --k-meta 0.75 less. Where is the best share, and for which judge?
+Then look: --resume --k-meta 0.25 trusts the meta reward more, --resume --k-meta 0.75 less (in seconds). Where is the best share, and for which judge?
 """
 from __future__ import annotations
 
@@ -1356,9 +1356,10 @@ def read_own(path: Path) -> dict | list:
 
 
 def open_run(out: Path, settings: dict, resume: bool) -> None:
-    """Start a run in `out`, which must not hold one; or make sure that the one to resume there had the same settings, but for how it is computed and,
-    while there is no checkpoint, for what matters in training alone. "crc" stands for what was in the files of data. Raises DataError."""
-    path, how, kept = out / "settings.json", ("resume", "micro_tokens", "batch_size", "save_every", "show"), (out / "checkpoint.pt").exists()
+    """Start a run in `out`, which must not hold one; or make sure that the one to resume there had the same settings, but for how it is computed or
+    shown and, while there is no checkpoint, for what matters in training alone. "crc" stands for what was in the files of data. Raises DataError."""
+    path, kept = out / "settings.json", (out / "checkpoint.pt").exists()
+    how = ("resume", "micro_tokens", "batch_size", "save_every", "show", "k_meta")
     settings = {name: value for name, value in settings.items() if name not in how}
     after = ("after.jsonl", "after_attacked.jsonl", "held_out.jsonl", "rewards.jsonl", "results.json")  # made of the trained model
     if resume:

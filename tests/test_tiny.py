@@ -113,4 +113,4 @@ def test_the_sloppy_judge_overlooks_what_must_be_avoided():
         stated.update(c.kind for c in criteria)
         named.update(c.kind for c in criteria if c.text in texts)
     share = {kind: named[kind] / stated[kind] for kind in world.KINDS}
-    assert share["avoid"] < 0.6 * min(share["mention"], share["begin with"], share["end with"]) and max(share.values()) < 0.75, share
+    assert share["avoid"] < 0.6 * min(share["mention"], share["begin with"], share["end with"]) and max(share.values()) < 0.85, share
