@@ -71,7 +71,7 @@ def test_other_forms_of_the_prompt_run(tmp_path):
         run(tmp_path, STEP, "--limit", 3, "--max-new-tokens", 40, *options)
         judged = lines(tmp_path / "runs" / "01_pointwise_grm" / "judgements.jsonl")
         named = sum("Specific Criteria" in record["output"] for record in judged)
-        assert len(judged) == 3 and all("Response 1" in record["output"] or "Criteria" in record["output"] for record in judged)
+        assert len(judged) == 3 and all("Analysis" in record["output"] or "Criteria" in record["output"] for record in judged)
         if "--no-principles" in options:
             assert named == 0 and all(record["output"].startswith("Analysis: Response 1") for record in judged)
         elif "--shots" not in options:  # worked examples are new to this judge: it may leave its criteria out

@@ -341,7 +341,7 @@ def test_a_loss_that_is_not_finite_stops(tmp_path):
     for t in shown:
         t.output = "Scores: 1"
     examples = [learnt(tokenizer, t) for t in shown] * 20
-    with pytest.raises(rft.ModelError, match=r"step \d+: the loss is .*(nan|inf).* at learning rate .*; try --lr"):
+    with pytest.raises(rft.ModelError, match=r"step \d+: the loss is .*(nan|inf).* at learning rate .*; go on with --resume --lr"):
         rft.train(model, examples, rft.completion_loss, options(lr=1e30), tmp_path)
     assert not (tmp_path / "checkpoint.pt").exists()  # nothing broken was saved
 
@@ -405,7 +405,7 @@ def test_our_lines_are_read_and_other_layouts_pointed_to_step_one(tmp_path):
 
 def test_what_step_one_exports_reads_back(tmp_path):
     grm = load_script("01_pointwise_grm")
-    items = [grm.Preference("q\u2028\n\"é😀", ["a", "b", "c"], [0.1 + 0.2, -1e300, 3], "s", "", "i"), grm.Preference(TALK, ["only"], [-5])]
+    items = [grm.Preference("q\u2028\n\"é😀", ["a", "b", "c"], [0.1 + 0.2, -1e300, 3], "s", "", "i"), grm.Preference(TALK, ["only"], [1])]
     grm.export_preferences(items, tmp_path / "out.jsonl")
     assert [vars(p) for p in rft.load_lines(tmp_path / "out.jsonl")] == [vars(p) for p in items]
 

@@ -276,7 +276,7 @@ def test_bad_input_gets_one_clear_sentence(tmp_path, monkeypatch, capsys, argume
 def test_what_is_not_finite_stops_with_the_step():
     model, tokenizer = grpo.load_model(JUDGE)
     parameters, optimizer = grpo.start_training(model, OPTIONS)
-    with pytest.raises(grpo.ModelError, match=r"step 8: the loss is nan .* try --lr"):
+    with pytest.raises(grpo.ModelError, match=r"step 8: the loss is nan .* go on with --resume --lr"):
         grpo.learn(model, grpo.Reference(model), parameters, optimizer, [[rollout([5, 6], [30, 2], math.nan)]], 1e-3, 7, OPTIONS)
 
 
