@@ -159,8 +159,9 @@ def group_log_probs(model, groups: list[Group]) -> torch.Tensor:
     ids, position, member = (torch.tensor(rows, device=model.device) for rows in (ids, positions, members))
     distance = position[:, :, None] - position[:, None, :]
     seen = ((member[:, None, :] == 0) | (member[:, :, None] == member[:, None, :])) & (distance >= 0)
-    hidden = model.base_model(input_ids=ids, attention_mask=attention_masks(model, seen, distance), position_ids=position,
-                              use_cache=False).last_hidden_state
+    masks = attention_masks(model, seen, distance)
+    del seen, distance  # they are as large as the masks, and would stay while the model computes
+    hidden = model.base_model(input_ids=ids, attention_mask=masks, position_ids=position, use_cache=False).last_hidden_state
     return token_log_probs(model, hidden.flatten(0, 1)[sources], torch.tensor(targets, device=model.device))
 
 
