@@ -17,7 +17,7 @@ By default a rollout is used once: then the ratio is 1 (its gradient is that of 
 loss's value is no more than beta KL, for advantages add up to 0. So watch the reward, over several steps: on the embedded judge its
 mean over five steps goes from about -0.08 to 0.15, with dips between. KL rises to 0.02 and stays there; about nine groups in ten keep a signal.
 Nothing rewards the format; KL keeps it, and "unreadable" stays near 0. With --beta 0 nothing holds the judge; with --flip-reward, which pays for
-ties as for other wrong judgements, it learns to FLIP_DOC.
+ties as for other wrong judgements, it learns to name a single criterion: nine in ten of its judgements are ties.
 
     python 03_grpo.py                                                        the embedded judge after step 2, 2 CPU cores, under 10 minutes
     python 03_grpo.py --model google/gemma-3-1b-it --quantize nf4 --data train.jsonl --eval eval.jsonl --lr 2e-5 --group-size 4
