@@ -177,12 +177,16 @@ def test_scores_that_do_not_follow():
 def test_summary_and_its_standard_error():
     # verdicts: 8 of 8 true, and 1 of 2: share 9/10; residuals 8 - 7.2 and 1 - 1.8; sqrt(2 * (0.64 + 0.64)) / 10 = 0.16
     half = "Analysis: Response 1 lists rope: mention rope no. Response 2 lists tent: mention rope no.\nScores: \\boxed{1, 1}"
-    figures = read_judgements.summary([{**RECORD, "output": JUDGEMENT}, {**RECORD, "output": half}])
+    figures = read_judgements.summary([{**RECORD, "output": JUDGEMENT}, {**RECORD, "query": f"{QUERY} ", "output": half}])
     assert figures["true verdicts"] == pytest.approx((0.9, 0.16, 10))
     # 4 of 4 and 0 of 4: share 1/2, residuals 2 and -2; sqrt(2 * 8) / 8
     assert figures["criteria named"] == pytest.approx((0.5, 0.5, 8))
     assert figures["right weights"] == pytest.approx((1.0, math.nan, 4), nan_ok=True)  # all of one judgement
     assert figures["consistent scores"] == pytest.approx((0.5, 0.5, 2))  # without weights nothing follows
+    # three judgements of two queries, right in all, none and all of 4: share 2/3; of the first query 4 - 16/3, of the second 4 - 8/3
+    figures = read_judgements.summary([{**RECORD, "query": query, "output": text} for query, text in
+                                       ((QUERY, JUDGEMENT), (QUERY, half), (f"{QUERY} ", JUDGEMENT))])
+    assert figures["criteria named"] == pytest.approx((2 / 3, math.sqrt(2 * (2 * (4 / 3) ** 2)) / 12, 12))
     assert read_judgements.summary([]) == {} and "true verdicts" not in read_judgements.summary([{**RECORD, "output": ""}])
 
 
@@ -212,7 +216,7 @@ def test_odd_text_never_raises():
 
 def test_command(tmp_path, capsys, monkeypatch):
     file = tmp_path / "judgements.jsonl"
-    file.write_text(json.dumps({**RECORD, "output": JUDGEMENT}) + "\n\n" + json.dumps({**RECORD, "output": ""}) + "\n")
+    file.write_text(json.dumps({**RECORD, "output": JUDGEMENT}) + "\n\n" + json.dumps({**RECORD, "query": f"{QUERY} ", "output": ""}) + "\n")
     monkeypatch.setattr(sys, "argv", ["read_judgements.py", str(file)])
     read_judgements.main()
     lines = capsys.readouterr().out.split("\n")

@@ -57,15 +57,20 @@ def read(record: dict) -> dict[str, list[float]]:
 
 
 def summary(records: list[dict]) -> dict[str, tuple[float, float, int]]:
-    """(share, standard error over judgements, count) of every figure: a ratio, whose error allows for several verdicts a judgement."""
-    readings = [read(record) for record in records]
+    """(share, standard error clustered by query, count) of every figure: a ratio, whose error allows for several verdicts a judgement, and for
+    several judgements of a query."""
+    readings = {}
+    for record in records:
+        of_query = readings.setdefault(json.dumps(record["query"]), {})
+        for name, values in read(record).items():
+            of_query.setdefault(name, []).extend(values)
     result = {}
-    for name in readings[0] if readings else []:
-        parts = [(sum(reading[name]), len(reading[name])) for reading in readings if reading[name]]
+    for name in next(iter(readings.values()), []):
+        parts = [(sum(reading[name]), len(reading[name])) for reading in readings.values() if reading[name]]
         count = sum(size for _, size in parts)
         if count:
             share = sum(total for total, _ in parts) / count
-            correction = len(parts) / (len(parts) - 1) if len(parts) > 1 else math.nan  # one judgement says nothing of the spread
+            correction = len(parts) / (len(parts) - 1) if len(parts) > 1 else math.nan  # one query says nothing of the spread
             error = math.sqrt(correction * sum((total - share * size) ** 2 for total, size in parts)) / count
             result[name] = (share, error, count)
     return result
