@@ -6,7 +6,7 @@ its own, because a judge may favour a position; put the scores back into the ite
 
     S*_i = S_i1 + S_i2 + ... + S_ik                for response i, over the k samples                                          (Eq. 14)
 
-What the samples share adds up, what they get wrong in different ways cancels, and sums take 9k + 1 values instead of 10: ties vanish. Judges
+What the samples share adds up, what they get wrong in different ways cancels, and sums take 9k + 1 values instead of 10: ties become rare. Judges
 of other kinds vote by the mean (Eq. 12), which chooses as the sum does, or by the majority of choices (Eq. 13), which forgets how sure each was.
 
     python 04_voting.py                                                                    the latest embedded judge, 2 CPU cores, minutes
@@ -16,16 +16,20 @@ of other kinds vote by the mean (Eq. 12), which chooses as the sum does, or by t
 
 Reads preferences as JSON Lines (01_pointwise_grm.py --export makes them). Writes runs/04_voting/: samples-*.jsonl and greedy-*.jsonl (every
 judgement; a run with the same settings takes them over, and step 5 reads them), results.json, voting.png, on demand votes.html. A run prints
-accuracy by k with 95% intervals: the sum, its gain over one sample, majority and mean beside it, ties, the size of the reward space. The figure
-for k is the mean over many random subsets of k of the samples. Unreadable samples add nothing; if none can be read, all responses tie.
+accuracy by k with 95% intervals: the sum, its gain over one sample, majority and mean beside it, ties, how many values the sums took and could
+take. The figure for k is the mean over many random subsets of k of the samples. Unreadable samples add nothing; if none can be read, all responses
+tie.
 
-Exercises (what is asked for goes into this file, above main(); the check says what was expected, and shows what comes of it)
+Exercises (what is asked for goes into this file: constants and new functions above main(), options into it; the check says what was expected,
+and shows what comes of it)
 1. SPACE = how many values a response's vote can take over 8 readable samples of a pair, as (sum, mean, majority). DIFFER = [[a, b], [c, d],
    [e, f]]: scores of three samples of a pair where sum and majority choose differently. Check: pytest tests/exercises.py -k 04_1
-2. Write show_balanced(item, number, seed, i), sample i's Trajectory: in samples 0 to n - 1, n to 2n - 1, ... of an item with n responses each stands
-   once at every place, in an order that is random for every item and block. Check: pytest tests/exercises.py -k 04_2
+2. Write show_balanced(item, number, seed, i): sample i of item `number`, a Trajectory as from `show`. Its samples come in rounds of n, the number of
+   responses (0 to n - 1, n to 2n - 1, ...). Within a round every response stands once at every place; each round of each item starts from a random
+   order of its own. Check: pytest tests/exercises.py -k 04_2
 3. Write vote_early(scores (k, responses)), which returns (sums, samples used): it takes the samples in turn and stops as soon as those that are
-   left can no longer change the choice, nor lead to a tie. Check: pytest tests/exercises.py -k 04_3
+   left can no longer change the choice, nor lead to a tie. A sample that cannot be read (nan) adds nothing but counts as used.
+   Check: pytest tests/exercises.py -k 04_3
 Then look: --temperature 0 leaves only the shuffling to tell samples apart. How much of the gain is left? Which temperature gives the most?
 """
 from __future__ import annotations
@@ -62,32 +66,26 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 HERE = Path(__file__).resolve().parent
 
 
-def judge_items(kind: str, name: str, load: Callable, items: list[Preference], args, out: Path, at_once: int = 1024) -> tuple[list[Trajectory], dict]:
-    """Judgements of every item, item after item, by the model `name`, which `load()` loads if something is left to sample.
+def judge_items(kind: str, name: str, load: Callable, shown: list[Trajectory], temperature: float, args, out: Path,
+                at_once: int = 1024) -> tuple[list[Trajectory], dict]:
+    """Let the model `name`, which `load()` loads if something is left to do, judge what is shown: item after item, as many times each.
 
-    kind: "samples" are args.k of each item at args.temperature, every one with its own order of responses; "greedy" is one, in the item's order.
-    They are kept in out/KIND-DIGITS.jsonl, where the digits follow from all that decides them. The file grows by chunks of about `at_once`, and
-    what is in it already is taken over. Beside it lies a .json with what decided, the model's "parameters" and the mean "tokens" of a judgement,
-    which is returned with the trajectories. Raises DataError and ModelError.
+    The judgements are kept in out/KIND-DIGITS.jsonl, where the digits follow from all that decides them. The file grows by whole items, about
+    `at_once` judgements at a time, and what is in it already is taken over. Beside it lies a .json with what decided, the model's "parameters" and
+    the mean "tokens" of a judgement, which is returned with the judgements. Raises DataError and ModelError.
     """
-    k, temperature = (args.k, args.temperature) if kind == "samples" else (1, 0.0)
-    decides = {"kind": kind, "model": fingerprint(name), "quantize": args.quantize, "k": k, "temperature": temperature, "seed": args.seed,
-               "max_new_tokens": args.max_new_tokens, "data": zlib.crc32(repr(items).encode()), "prompt": build_prompt("", ["", ""])}
-    path = out / f"{kind}-{zlib.crc32(json.dumps(decides).encode()):08x}.jsonl"
-    facts, chunk, done = path.with_suffix(".json"), max(1, at_once // k), []
+    decides = {"kind": kind, "model": fingerprint(name), "quantize": args.quantize, "temperature": temperature, "seed": args.seed,
+               "max_new_tokens": args.max_new_tokens, "shown": zlib.crc32(repr(shown).encode()), "prompt": build_prompt("", ["", ""])}
+    path, k = out / f"{kind}-{zlib.crc32(json.dumps(decides).encode()):08x}.jsonl", sum(t.item == 0 for t in shown)
+    facts, chunk = path.with_suffix(".json"), max(1, at_once // k) * k
+    done = taken_over(path, len(shown), chunk)
     if path.exists():
-        done = read_trajectories(path, len(items) * k)
-        if len(done) < len(items) * k:
-            del done[len(done) // (k * chunk) * k * chunk:]  # a chunk that was cut off in writing
-            put(path, lambda aside: aside.write_text("".join(t.line() for t in done), encoding="utf-8"))
-        print(f"{name}: {len(done)} of {len(items) * k} judgements taken over from {path}")
-    for first in range(len(done) // k, len(items), chunk):
-        shown = [show(item, number, f"{args.seed} vote {i}") if kind == "samples" else
-                 Trajectory(number, item.query, item.responses, item.rewards, list(range(len(item.responses))), False, False, item.reference)
-                 for number, item in enumerate(items[first:first + chunk], first) for i in range(k)]
-        judge(*load(), shown, temperature, args, args.seed + first)
-        append(path, "".join(t.line() for t in shown))
-        done += shown
+        print(f"{name}: {len(done)} of {len(shown)} judgements taken over from {path}")
+    for first in range(len(done), len(shown), chunk):
+        part = shown[first:first + chunk]
+        judge(*load(), part, temperature, args, args.seed + part[0].item)
+        append(path, "".join(t.line() for t in part))
+        done += part
     known = read_own(facts) if facts.exists() else None
     if not known:
         model, tokenizer = load()
@@ -232,7 +230,7 @@ def main():
     option = parser.add_argument
     option("--model", action="append", help="folder, Hub name, GGUF file or LoRA folder; repeat it to compare several; by default what step 3 "
            "or else step 2 left in runs/, or the embedded judge")
-    option("--quantize", choices=["none", "int8", "nf4"], default="none", help="hold the weights in 8 or 4 bits")
+    option("--quantize", choices=["none", "int8", "nf4"], default="none", help="hold the weights in 8 bits (int8) or 4 (nf4)")
     option("--data", default=str(HERE / "tests/tiny/eval.jsonl"), help="preferences to judge, JSON Lines")
     option("--limit", type=int, default=300, help="use the first so many items of --data")
     option("--k", type=int, default=32, help="samples an item; figures are for 1, 2, 4, ... and so many")
@@ -256,8 +254,8 @@ def main():
     for name in dict.fromkeys(args.model):
         load = functools.cache(lambda: load_model(name, args.quantize))
         try:
-            greedy, _ = judge_items("greedy", name, load, items, args, out)
-            samples, facts = judge_items("samples", name, load, items, args, out)
+            greedy, _ = judge_items("greedy", name, load, [show(item, number, None) for number, item in enumerate(items)], 0.0, args, out)
+            samples, facts = judge_items("samples", name, load, ballots(items, args.k, f"{args.seed} vote"), args.temperature, args, out)
         except KeyboardInterrupt:
             sys.exit(f"\ninterrupted; go on with: {shlex.join(['python', *sys.argv])}")
         results[name] = scaling(items, greedy, samples, args.k) | {"tokens": facts["tokens"], "parameters": facts["parameters"]}
@@ -395,7 +393,7 @@ def page(name: str, items: list[Preference], samples: list[Trajectory], total: i
     return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>How the votes were decided</title>\n'
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
             f"<style>{STYLE}</style></head><body><h1>How the votes were decided</h1>\n<p>Judge: {html.escape(name)}, {total} samples an item, of "
-            f"{len(items)} items.</p>\n{''.join(stories) or '<p>No item had a wrong first sample or a wrong sum.</p>'}</body></html>\n")
+            f"{len(items)} items.</p>\n{''.join(stories) or '<p>No vote saved, failed to save or spoiled a first sample.</p>'}</body></html>\n")
 
 
 def story(title: str, item: Preference, samples: list[Trajectory], scores: torch.Tensor) -> str:
@@ -531,7 +529,8 @@ def encode(tokenizer, prompt: str, shots: list[tuple[str, str]] = ()) -> list[in
     if tokenizer.chat_template is None:
         return tokenizer("\n\n".join(turns) + "\n\n")["input_ids"]
     messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    # enable_thinking: Qwen 3 would think before it judges, which nobody taught it to do briefly; other templates ignore the name
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written BOS
 
 
@@ -539,8 +538,8 @@ def end_token(tokenizer) -> int | None:
     """What ends a judgement: the chat template's own token if there is one (Gemma's "<end_of_turn>"), else EOS."""
     if tokenizer.chat_template is None:
         return tokenizer.eos_token_id
-    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "|"}]
-    rest = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False).rpartition("|")[2], add_special_tokens=False)["input_ids"]
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "judgement"}]
+    rest = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False).rpartition("judgement")[2], add_special_tokens=False)["input_ids"]
     return rest[0] if rest else tokenizer.eos_token_id
 
 
@@ -658,7 +657,7 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: 
     Args:
         prompts: token ids, as from `encode`; equal prompts are prefilled once. temperature: 0 is greedy. max_new_tokens: at most so many.
         batch_size: rows decoded together (default: what free memory holds); halved when memory runs out, and what is done stays done.
-        stop: cut a completion off before this text. seed: the same arguments draw the same samples. progress: show a bar.
+        stop: cut a completion off before this text. seed: the same arguments draw the same samples (batch_size among them). progress: show a bar.
     Ranks deal the distinct prompts out among themselves, and each gets all samples.
     Returns n samples for each prompt, in the order of `prompts`. Raises ModelError if not even one row fits into memory.
     """
@@ -710,10 +709,11 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: 
                     raise
                 if len(batch) == 1:
                     raise ModelError(f"not enough memory for one row of {len(batch[0][0]) + max_new_tokens} tokens: shorten --max-new-tokens, "
-                                     "or load the model with --quantize nf4") from None
+                                     "leave out items with so long a prompt, or load the model with --quantize nf4") from None
                 batch_size = len(batch) // 2
                 bar.write(f"out of memory with {len(batch)} rows; going on with {batch_size}")
-            decoder = None  # its buffers are free before the next ones are made
+            decoder = None  # its buffers are free before the next ones are made; an error caught on the way may hold them in a circle
+            gc.collect()
             queue = [entry for entry in queue if samples[entry[1]] is None]
     if RANKS > 1:
         torch.distributed.all_gather_object(parts := [None] * RANKS, samples)
@@ -722,7 +722,7 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: 
 
 
 def finish(tokenizer, ids: list[int], stop_ids: list[int], stop: str | None) -> Sample:
-    """Cut a row of output after its end token, and before the text `stop`."""
+    """A row of output up to its end token; its text ends before `stop`, its ids with the one that completed it."""
     end = next((i + 1 for i, token in enumerate(ids) if token in stop_ids), len(ids))
     text = tokenizer.decode(ids[:end], skip_special_tokens=True)
     if stop and stop in text:
@@ -871,9 +871,9 @@ def attention_masks(model, seen: torch.Tensor, distance: torch.Tensor):
     """
     config, lowest = model.config.get_text_config(), torch.finfo(model.dtype).min
     mask = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill(~seen, lowest)
-    if getattr(config, "layer_types", None) is None:
-        return mask[:, None]
     sliding = mask.masked_fill(distance >= config.sliding_window, lowest) if getattr(config, "sliding_window", None) else mask
+    if getattr(config, "layer_types", None) is None:  # all layers are alike: Llama's see everything, Mistral's slide
+        return sliding[:, None]
     return {"full_attention": mask[:, None], "sliding_attention": sliding[:, None]}
 
 
@@ -934,15 +934,20 @@ def telling(load):
             hint = "; safetensors alone are read, and all of them must be there, whole: if a download or copy was cut off, start it again"
             raise ModelError(reason + hint * ("safetensors" in reason.lower() or isinstance(error, SafetensorError))) from None
         kind = (getattr(model.config, "architectures", None) or [""])[0]
-        if getattr(model.config, "is_decoder", True) is False or "Classification" in kind:
+        if getattr(model.config, "is_decoder", True) is False and not kind.endswith("ForCausalLM") or "Classification" in kind:
             raise ModelError(f"{name} is no causal language model but an encoder or a classifier ({kind}), which cannot write; choose another")
         if "Scores" not in tokenizer.decode(tokenizer("Scores")["input_ids"]):
             raise ModelError(f"{name}: its tokenizer knows no words; if a download or copy was cut off (tokenizer.json), start it again")
         if tokenizer.vocab_size > model.get_input_embeddings().num_embeddings:
             raise ModelError(f"{name}: its tokenizer knows {tokenizer.vocab_size} tokens and the model "
                              f"{model.get_input_embeddings().num_embeddings}; take the tokenizer that belongs to the model")
-        if end_token(tokenizer) is None and model.generation_config.eos_token_id is None:
-            raise ModelError(f"{name}: neither its tokenizer nor generation_config.json names an end token (eos_token): no judgement would end")
+        if odd := {*(getattr(model.config.get_text_config(), "layer_types", None) or ())} - {"full_attention", "sliding_attention"}:
+            raise ModelError(f"{name} has layers of a kind that the sampler does not know ({min(odd)}); choose a model with ordinary attention")
+        if end_token(tokenizer) is None:
+            ends = model.generation_config.eos_token_id
+            if ends is None:
+                raise ModelError(f"{name}: neither its tokenizer nor generation_config.json names an end token (eos_token): no judgement would end")
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0] if isinstance(ends, list) else ends)
         with torch.no_grad():
             if not model(input_ids=torch.tensor([tokenizer("Scores")["input_ids"]], device=model.device)).logits.isfinite().all():
                 raise ModelError(f"{name} computes what is not a number; its weights are damaged, or too large for {model.dtype}")
@@ -956,7 +961,7 @@ def load_model(name: str | Path, quantize: str = "none"):
 
     Args:
         name: a folder, a Hub name, a GGUF file (converted once, kept in ~/.cache/spct), or a folder with a LoRA adapter in PEFT's format.
-        quantize: "nf4" (4 bits, double quantization: about 0.55 bytes a weight), "int8", or "none". Embeddings stay as they are.
+        quantize: "nf4" (4 bits, double quantization: about 0.52 bytes a weight), "int8", or "none". Embeddings stay as they are.
     Raises ModelError with what to do: log in for a gated model, pick another quantization, install a package. Says what a large one takes.
     """
     name = str(name)
@@ -994,7 +999,7 @@ def load_model(name: str | Path, quantize: str = "none"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, loaded = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, quantization_config=config[quantize], use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-            device_map={"": device} if quantize != "none" else None)
+            device_map={"": device} if cuda or quantize != "none" else None)  # on a GPU: not by way of the machine's memory
         if loaded["missing_keys"]:  # transformers would go on with random ones
             raise ModelError(f"{name} lacks {len(loaded['missing_keys'])} weights, {min(loaded['missing_keys'])} among them: copy it again")
         model = model.to(device) if quantize == "none" else model
@@ -1124,7 +1129,10 @@ def convert_gguf(path: Path) -> str:
             raise ModelError(f"{path} cannot be read as a GGUF model: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
         for part in parts:
             part.save_pretrained(aside)
-        os.replace(aside, folder)
+        with contextlib.suppress(OSError):  # another rank was first
+            os.replace(aside, folder)
+        if not folder.exists():
+            raise ModelError(f"cannot write {folder}: make room, or set SPCT_CACHE to another folder")
     return str(folder)
 
 
@@ -1163,10 +1171,11 @@ class Trajectory:
         return json.dumps(asdict(self), ensure_ascii=False) + "\n"
 
 
-def show(item: Preference, number: int, seed: str, hinted: bool = False, binary: bool = False) -> Trajectory:
-    """Item `number` with its responses in a random order, which the seed decides: position must say nothing."""
+def show(item: Preference, number: int, seed: str | None, hinted: bool = False, binary: bool = False) -> Trajectory:
+    """Item `number` with its responses in a random order, which the seed decides: position must say nothing. None: in their own order."""
     order = list(range(len(item.responses)))
-    random.Random(f"{seed} {number}").shuffle(order)
+    if seed is not None:
+        random.Random(f"{seed} {number}").shuffle(order)
     return Trajectory(number, item.query, [item.responses[i] for i in order], [item.rewards[i] for i in order], order, hinted, binary, item.reference)
 
 
@@ -1229,6 +1238,21 @@ def read_trajectories(path: str | Path, most: int | None = None) -> list[Traject
     return trajectories
 
 
+def ballots(items: list[Preference], k: int, seed: str, binary: bool = False) -> list[Trajectory]:
+    """k judgements to be made of every item, each with an order of its own. binary: single responses are to be scored 0 or 1."""
+    return [show(item, number, f"{seed} {i}", binary=binary and len(item.responses) == 1) for number, item in enumerate(items) for i in range(k)]
+
+
+def taken_over(path: Path, whole: int, chunk: int) -> list[Trajectory]:
+    """What an earlier run left in a file that grows by `chunk` judgements to `whole` of them, but for a chunk that was cut off in writing."""
+    done = read_trajectories(path, whole) if path.exists() else []
+    if 0 < len(done) < whole:
+        del done[len(done) // chunk * chunk:]
+    if path.exists():
+        put(path, lambda aside: aside.write_text("".join(t.line() for t in done), encoding="utf-8"))
+    return done
+
+
 def read_own(path: Path) -> dict | list:
     """JSON that a run wrote for itself. Raises DataError."""
     try:
@@ -1261,5 +1285,8 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal that has no é shows a question mark
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read what is printed went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (DataError, ModelError) as error:
         sys.exit(f"error: {error}")

@@ -4,14 +4,15 @@ Voting counts every judgement alike, the careless ones too. Whether a judgement'
 scalar model can learn to foretell it (SPCT, arXiv 2504.02495, section 4): it reads the conversation, the responses, and the judgement with its
 principles, critique and scores, and its one logit is the meta reward, learnt by binary cross-entropy,
 
-    L = -[ c log sigmoid(m) + (1 - c) log(1 - sigmoid(m)) ],    c = 1 if S_j > S_i for all i != j = argmax r, else 0
+    L = -[ c log sigmoid(m) + (1 - c) log(1 - sigmoid(m)) ],    c = 1 if S_j > S_i for all i != j = argmax r (of one response: S_1 = r_1), else 0
 
 It learns from what step 2 sampled, right and wrong (without hints, as the judge will be asked), and from fresh judgements of the judge that is to
-be guided: their errors are the ones it will meet. (Judgements with a tie at the top are wrong by Eq. 10 and decide nothing; unlike the paper's,
-this small meta RM is not shown them unless --with-ties says so: ties are easily told, and guiding gained less.) Guided voting then keeps, of k
-samples, the k_meta with the highest meta reward (default k/2; --k-meta sets the share) and sums those (Eq. 14). Nothing is asked twice: step 4's
-samples are voted on again, and the truth serves only to measure: the oracle line keeps exactly the correct samples. With --model tests/tiny/judge
-guiding gains (7.0 +- 2.2 points with 16 of 32); for the embedded judge after GRPO, the default, it does not (0.2 +- 1.9). Look at both, and ask why.
+be guided: their errors are the ones it will meet. (Judgements with a tie at the top are wrong by Eq. 10 and decide nothing between those that tie;
+unlike the paper's, this small meta RM is not shown them unless --with-ties says so: ties are easily told, and guiding gained less.) Guided voting
+then keeps, of k samples, the k_meta with the highest meta reward (default k/2; --k-meta sets the share) and sums those (Eq. 14). Nothing is asked
+twice: step 4's samples are voted on again, and the truth serves only to measure: the oracle line keeps exactly the correct samples (all, if none
+is). With --model tests/tiny/judge guiding gains (7.0 +- 2.2 points with 16 of 32); for the embedded judge after GRPO, the default, it does not (0.2
++- 1.9). Look at both, and ask why.
 
     python 05_metarm.py                                                            the latest embedded judge, 2 CPU cores, under 6 minutes
     python 05_metarm.py --model google/gemma-3-4b-it --base google/gemma-3-4b-it --quantize nf4 --data train.jsonl --eval eval.jsonl --lr 1e-4
@@ -19,15 +20,18 @@ guiding gains (7.0 +- 2.2 points with 16 of 32); for the embedded judge after GR
 
 The last is for 27 billion parameters on one 80 GB GPU. Reads preferences as JSON Lines, step 2's trajectories and step 4's samples where they are,
 and samples what is not. Writes runs/05_metarm/: model/ (transformers' sequence classification with one logit, or an adapter that `peft` loads),
-log.jsonl (one line a step), checkpoint.pt (for --resume), fresh-*.jsonl, rewards.jsonl (a meta reward for each of step 4's samples), results.json,
-guided.png. A run prints how many judgements are right and wrong, how well the meta reward tells them apart (ROC-AUC) on items it never saw,
-accuracy by k and by k_meta with 95% intervals and paired differences, and the most and the least trusted judgements of a few items.
+log.jsonl (one line a step), checkpoint.pt (for --resume), settings.json, fresh-*.jsonl, held_out.jsonl, rewards.jsonl (a meta reward for each of
+step 4's samples), results.json, guided.png. A run prints how many judgements are right and wrong, how well the meta reward tells them apart
+(ROC-AUC) on items it never saw, accuracy by k and by k_meta with 95% intervals and paired differences, and the most and the least trusted
+judgements of a few items.
 
-Exercises (what is asked for goes into this file, above main(); the check says what was expected, and shows what comes of it)
+Exercises (what is asked for goes into this file: constants and new functions above main(), options into it; the check says what was expected,
+and shows what comes of it)
 1. Four samples of a pair, each right ([9, 1]) or wrong ([1, 9]) with chance 1/2. Foretell the accuracy of voting that a perfect meta RM guides:
    PERFECT = (k_meta = 1, k_meta = 2, k_meta = 4). Check: pytest tests/exercises.py -k 05_1
-2. Write vote_weighted(scores, rewards, index), like vote_guided without k_meta: all samples count, each times the sigmoid of its meta reward.
-   What cannot be read weighs nothing. Check: pytest tests/exercises.py -k 05_2
+2. Write vote_weighted(scores, rewards, index), like vote_guided without k_meta: all samples count, each times the sigmoid of its meta reward. What
+   cannot be read weighs nothing; a response that the item does not have (its scores are -inf) keeps the vote -inf.
+   Check: pytest tests/exercises.py -k 05_2
 3. Guided voting compares judgements of one item alone. Write ranking_loss(rewards, labels, items): the mean of -log sigmoid(right - wrong) over all
    pairs of a right and a wrong judgement of the same item, 0 without any. rewards is a tensor (n,), labels a list of 0 and 1, items one of item
    numbers. Check: pytest tests/exercises.py -k 05_3
@@ -70,34 +74,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 HERE = Path(__file__).resolve().parent
 
 
-def sample_judgements(kind: str, items: list[Preference], temperature: float, load: Callable, args, out: Path,
-                      at_once: int = 1024) -> list[Trajectory]:
-    """args.n_fresh judgements of every item by the model that `load()` loads; single responses are scored 0 or 1, as in steps 2 and 3. They are
-    kept in out/KIND-DIGITS.jsonl, where the digits follow from all that decides them, and what is in it already is taken over."""
-    decides = [fingerprint(args.model), args.quantize, args.n_fresh, temperature, args.seed, args.max_new_tokens, repr(items), build_prompt("", [""])]
-    path, chunk = out / f"{kind}-{zlib.crc32(json.dumps(decides).encode()):08x}.jsonl", max(1, at_once // args.n_fresh)
-    done = read_trajectories(path, len(items) * args.n_fresh) if path.exists() else []
-    if len(done) < len(items) * args.n_fresh:
-        del done[len(done) // (args.n_fresh * chunk) * args.n_fresh * chunk:]  # a chunk that was cut off in writing
-    put(path, lambda aside: aside.write_text("".join(t.line() for t in done), encoding="utf-8"))
-    for first in range(len(done) // args.n_fresh, len(items), chunk):
-        shown = [show(item, number, f"{args.seed} {kind} {i}", binary=len(item.responses) == 1)
-                 for number, item in enumerate(items[first:first + chunk], first) for i in range(args.n_fresh)]
-        judge(*load(), shown, temperature, args, args.seed + first)
-        append(path, "".join(t.line() for t in shown))
-        done += shown
-    return done
-
-
 def meta_prompt(t: Trajectory) -> str:
     """What the meta RM reads: conversation, responses in the order that the judge saw, its judgement as it wrote it, and a word that asks for a
     review: at that word's end a language model is about to say how good what it read is, and there the logit is read."""
-    turns = t.query if isinstance(t.query, list) else [{"role": "user", "content": t.query}]
-    parts = [block("Conversation", "\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns))]
-    if t.reference is not None:
-        parts.append(block("Reference answer", t.reference))
-    parts += [block(f"Response {number}", response) for number, response in enumerate(t.responses, 1)]
-    return "\n".join([*parts, t.output.strip(), "Review:"])
+    shown = build_prompt(t.query, t.responses, t.reference, form=False).partition("\n\n")[2]  # all but the task
+    return f"{shown}\n{t.output.strip()}\nReview:"
 
 
 def encode_plain(tokenizer, text: str) -> list[int]:
@@ -231,15 +212,10 @@ def guide(items: list[Preference], samples: list[Trajectory], rewards: list[floa
     def accuracy(vote, k):
         return over_subsets(vote, best, total, k)["accuracy"]
 
-    def unguided(k):
-        return accuracy(lambda index: vote_sum(take(scores, index)), k)
-
-    def guided(k, k_meta):
-        return accuracy(lambda index: vote_guided(scores, trust, index, k_meta), k)
-
     def row(k, k_meta, other=None):
         """Guided voting against unguided voting over `other` samples, by default as many."""
-        plain, chosen = unguided(other or k), guided(k, k_meta)
+        plain = accuracy(lambda index: vote_sum(take(scores, index)), other or k)
+        chosen = accuracy(lambda index: vote_guided(scores, trust, index, k_meta), k)
         return {"k": k, "k_meta": k_meta, "unguided": bootstrap(plain, queries), "guided": bootstrap(chosen, queries),
                 "gain": bootstrap(chosen - plain, queries), "gain_se": mean_and_se((chosen - plain).tolist(), queries)[1]}
 
@@ -269,9 +245,9 @@ def main():
     judges = [folder for folder in ("runs/03_grpo/model", "runs/02_rejective_ft/model") if Path(folder).exists()]
     option("--model", default=[*judges, os.path.relpath(HERE / "tests/tiny/judge")][0], help="the judge to be guided: folder, Hub name, GGUF file or "
            "LoRA folder; by default what step 3 or else step 2 left in runs/, or the embedded judge")
-    option("--base", help="what the meta RM is made of, likewise; by default --model (of an adapter, the model beneath it), and for the default "
-           "--model the embedded judge")
-    option("--quantize", choices=["none", "int8", "nf4"], default="none", help="hold the weights of both in 8 or 4 bits; then adapters are trained")
+    option("--base", help="what the meta RM is made of, likewise; by default the model that the training of --model began with, or --model")
+    option("--quantize", choices=["none", "int8", "nf4"], default="none",
+           help="hold the weights of both in 8 bits (int8) or 4 (nf4); then adapters are trained")
     option("--trajectories", help="step 2's sampled judgements; by default runs/02_rejective_ft/trajectories.jsonl, if it is there")
     option("--data", default=str(HERE / "tests/tiny/train.jsonl"), help="preferences for fresh judgements to learn from, JSON Lines")
     option("--limit", type=int, default=900, help="use the first so many items of --data")
@@ -288,7 +264,8 @@ def main():
     option("--max-new-tokens", type=int, default=512, help="longest judgement, in tokens")
     option("--batch-size", type=int, help="rows sampled together; by default what memory holds")
     option("--voting", default="runs/04_voting", help="folder with step 4's samples, which go there if they are not there yet")
-    option("--lora-r", type=int, default=8, help="rank of the adapters, 0 to train all weights: a small model then learns its judgements by heart")
+    option("--lora-r", type=int, default=8, help="rank of the adapters (those that --base has keep theirs), 0 to train all weights: a small "
+           "model then learns its judgements by heart")
     option("--lr", type=float, default=4e-3, help="peak learning rate (the paper's: 1e-5 for all weights of a large model)")
     option("--epochs", type=float, default=1.5, help="passes over the judgements")
     option("--warmup", type=float, default=0.1, help="share of the steps in which the learning rate rises")
@@ -300,9 +277,10 @@ def main():
     option("--seed", type=int, default=0, help="of everything")
     option("--out", default="runs/05_metarm", help="folder for everything that is written")
     args = parser.parse_args()
-    args.base = args.base or (os.path.relpath(HERE / "tests/tiny/judge") if args.model == parser.get_default("model") else beneath(args.model))
+    args.base = args.base or origin(args.model)
     check_options(parser, args, (args.quantize != "none" and args.lora_r == 0, "quantized weights cannot be trained: leave --lora-r 0 out"),
-                  (not (0 < args.validate < 1 and 0 < args.k_meta <= 1), "--validate and --k-meta are shares: above 0, at most 1"))
+                  (not 0 < args.validate < 1, "--validate must be above 0 and below 1"),
+                  (not 0 < args.k_meta <= 1, "--k-meta is a share: above 0, at most 1"))
 
     join_ranks()
     data = load_lines(args.data)
@@ -312,21 +290,27 @@ def main():
         raise DataError(f"{args.data if not items else args.eval}: no items are left to learn from, or none with two responses to vote on")
     earlier = Path(args.trajectories or "runs/02_rejective_ft/trajectories.jsonl")
     print(f"the judge {args.model} is guided by a meta RM made of {args.base}; {len(others)} items to vote on")
-    taught = read_trajectories(earlier) if args.trajectories or earlier.exists() else []
+    taught, own = read_trajectories(earlier) if args.trajectories or earlier.exists() else [], {str(item.query) for item in data}
+    if not args.trajectories and len(taught) > len(taught := [t for t in taught if str(t.query) in own]):
+        print(f"{earlier} has judgements of items that are not in {args.data}: they are left out")
     open_run(out, vars(args) | {"crc": zlib.crc32(repr((items, others, taught)).encode())}, args.resume)
     with writing(voting):
         voting.mkdir(parents=True, exist_ok=True)
     load, measured = functools.cache(lambda: load_model(args.model, args.quantize)), {str(item.query) for item in others}
+
+    def fresh(kind, temperature):  # single responses are scored 0 or 1, as in steps 2 and 3
+        return judge_items(kind, args.model, load, ballots(items, args.n_fresh, f"{args.seed} {kind}", binary=True), temperature, args, out)[0]
+
     try:
         if taught:
             sources = {"step 2, not hinted": [t for t in taught if not t.hinted]}
         else:
-            sources = {"sampled at temperature 1": sample_judgements("first", items, 1.0, load, args, out)}
+            sources = {"sampled at temperature 1": fresh("first", 1.0)}
         if not args.no_fresh:
-            sources[f"fresh, at temperature {args.temperature:g}"] = sample_judgements("fresh", items, args.temperature, load, args, out)
+            sources[f"fresh, at temperature {args.temperature:g}"] = fresh("fresh", args.temperature)
         sources = {title: [t for t in judgements if str(t.query) not in measured] for title, judgements in sources.items()}
-        print(table_of_labels(sources, args.validate))
-        samples, _ = judge_items("samples", args.model, load, others, args, voting)
+        print(table_of_labels(sources, args))
+        samples, _ = judge_items("samples", args.model, load, ballots(others, args.k, f"{args.seed} vote"), args.temperature, args, voting)
         load.cache_clear()  # its memory is free before the meta RM is loaded
         judgements = [t for of_one in sources.values() for t in of_one if t.scores is not None]
         learn, unseen = ([t for t in judgements if set_aside(t.query, args.validate) == aside] for aside in (False, True))
@@ -364,12 +348,21 @@ def main():
 # How it is shown and kept: tables, the plot, two judgements side by side, a meta RM in a folder.
 # ------------------------------------------------------------------------------------------------------------------------------------------
 
-def table_of_labels(sources: dict[str, list[Trajectory]], share: float) -> str:
-    """How many judgements of each source are right and wrong by Eq. 10, to learn from and held out."""
+def origin(model: str) -> str:
+    """The model that the training of `model` began with, by the settings.json that steps 2 and 3 leave beside it; else what lies beneath an adapter;
+    else `model` itself."""
+    before = beneath(model)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        before = json.loads((Path(model).parent / "settings.json").read_text())["model"] or before
+    return model if before == model else origin(before)
+
+
+def table_of_labels(sources: dict[str, list[Trajectory]], args) -> str:
+    """How many judgements of each source are right and wrong by Eq. 10, to learn from (without ties, unless --with-ties) and held out."""
     text = f"\n  {'judgements':<34}{'all':>8}{'unreadable':>12}{'learn: right':>14}{'wrong':>8}{'held out: right':>18}{'wrong':>8}\n"
     for title, judgements in sources.items():
-        counts = [sum(t.correct == right and set_aside(t.query, share) == out for t in judgements if t.scores is not None)
-                  for out in (False, True) for right in (True, False)]
+        counts = [sum(t.correct == right and set_aside(t.query, args.validate) == out and (out or args.with_ties or not tied(t))
+                      for t in judgements if t.scores is not None) for out in (False, True) for right in (True, False)]
         text += (f"  {title:<34}{len(judgements):8}{sum(t.scores is None for t in judgements):12}{counts[0]:14}{counts[1]:8}{counts[2]:18}"
                  f"{counts[3]:8}\n")
     return text
@@ -421,7 +414,7 @@ def plot_guided(result: dict, path: Path) -> None:
         for axes, label in ((left, "accuracy, %"), (right, "gain of guiding, paired, percentage points")):
             axes.set_xscale("log", base=2)
             axes.set_xticks(ks, [str(k) for k in ks])
-            axes.set_xlabel("samples per item, k (guided: the k/2 most trusted)")
+            axes.set_xlabel("samples per item, k (guided: the k_meta most trusted)")
             axes.set_ylabel(label)
         figure.savefig(path, format="png", dpi=150)
 
@@ -541,7 +534,8 @@ def encode(tokenizer, prompt: str, shots: list[tuple[str, str]] = ()) -> list[in
     if tokenizer.chat_template is None:
         return tokenizer("\n\n".join(turns) + "\n\n")["input_ids"]
     messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    # enable_thinking: Qwen 3 would think before it judges, which nobody taught it to do briefly; other templates ignore the name
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written BOS
 
 
@@ -549,8 +543,8 @@ def end_token(tokenizer) -> int | None:
     """What ends a judgement: the chat template's own token if there is one (Gemma's "<end_of_turn>"), else EOS."""
     if tokenizer.chat_template is None:
         return tokenizer.eos_token_id
-    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "|"}]
-    rest = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False).rpartition("|")[2], add_special_tokens=False)["input_ids"]
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "judgement"}]
+    rest = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False).rpartition("judgement")[2], add_special_tokens=False)["input_ids"]
     return rest[0] if rest else tokenizer.eos_token_id
 
 
@@ -673,7 +667,7 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: 
     Args:
         prompts: token ids, as from `encode`; equal prompts are prefilled once. temperature: 0 is greedy. max_new_tokens: at most so many.
         batch_size: rows decoded together (default: what free memory holds); halved when memory runs out, and what is done stays done.
-        stop: cut a completion off before this text. seed: the same arguments draw the same samples. progress: show a bar.
+        stop: cut a completion off before this text. seed: the same arguments draw the same samples (batch_size among them). progress: show a bar.
     Ranks deal the distinct prompts out among themselves, and each gets all samples.
     Returns n samples for each prompt, in the order of `prompts`. Raises ModelError if not even one row fits into memory.
     """
@@ -725,10 +719,11 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: 
                     raise
                 if len(batch) == 1:
                     raise ModelError(f"not enough memory for one row of {len(batch[0][0]) + max_new_tokens} tokens: shorten --max-new-tokens, "
-                                     "or load the model with --quantize nf4") from None
+                                     "leave out items with so long a prompt, or load the model with --quantize nf4") from None
                 batch_size = len(batch) // 2
                 bar.write(f"out of memory with {len(batch)} rows; going on with {batch_size}")
-            decoder = None  # its buffers are free before the next ones are made
+            decoder = None  # its buffers are free before the next ones are made; an error caught on the way may hold them in a circle
+            gc.collect()
             queue = [entry for entry in queue if samples[entry[1]] is None]
     if RANKS > 1:
         torch.distributed.all_gather_object(parts := [None] * RANKS, samples)
@@ -737,7 +732,7 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: 
 
 
 def finish(tokenizer, ids: list[int], stop_ids: list[int], stop: str | None) -> Sample:
-    """Cut a row of output after its end token, and before the text `stop`."""
+    """A row of output up to its end token; its text ends before `stop`, its ids with the one that completed it."""
     end = next((i + 1 for i, token in enumerate(ids) if token in stop_ids), len(ids))
     text = tokenizer.decode(ids[:end], skip_special_tokens=True)
     if stop and stop in text:
@@ -886,9 +881,9 @@ def attention_masks(model, seen: torch.Tensor, distance: torch.Tensor):
     """
     config, lowest = model.config.get_text_config(), torch.finfo(model.dtype).min
     mask = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill(~seen, lowest)
-    if getattr(config, "layer_types", None) is None:
-        return mask[:, None]
     sliding = mask.masked_fill(distance >= config.sliding_window, lowest) if getattr(config, "sliding_window", None) else mask
+    if getattr(config, "layer_types", None) is None:  # all layers are alike: Llama's see everything, Mistral's slide
+        return sliding[:, None]
     return {"full_attention": mask[:, None], "sliding_attention": sliding[:, None]}
 
 
@@ -949,15 +944,20 @@ def telling(load):
             hint = "; safetensors alone are read, and all of them must be there, whole: if a download or copy was cut off, start it again"
             raise ModelError(reason + hint * ("safetensors" in reason.lower() or isinstance(error, SafetensorError))) from None
         kind = (getattr(model.config, "architectures", None) or [""])[0]
-        if getattr(model.config, "is_decoder", True) is False or "Classification" in kind:
+        if getattr(model.config, "is_decoder", True) is False and not kind.endswith("ForCausalLM") or "Classification" in kind:
             raise ModelError(f"{name} is no causal language model but an encoder or a classifier ({kind}), which cannot write; choose another")
         if "Scores" not in tokenizer.decode(tokenizer("Scores")["input_ids"]):
             raise ModelError(f"{name}: its tokenizer knows no words; if a download or copy was cut off (tokenizer.json), start it again")
         if tokenizer.vocab_size > model.get_input_embeddings().num_embeddings:
             raise ModelError(f"{name}: its tokenizer knows {tokenizer.vocab_size} tokens and the model "
                              f"{model.get_input_embeddings().num_embeddings}; take the tokenizer that belongs to the model")
-        if end_token(tokenizer) is None and model.generation_config.eos_token_id is None:
-            raise ModelError(f"{name}: neither its tokenizer nor generation_config.json names an end token (eos_token): no judgement would end")
+        if odd := {*(getattr(model.config.get_text_config(), "layer_types", None) or ())} - {"full_attention", "sliding_attention"}:
+            raise ModelError(f"{name} has layers of a kind that the sampler does not know ({min(odd)}); choose a model with ordinary attention")
+        if end_token(tokenizer) is None:
+            ends = model.generation_config.eos_token_id
+            if ends is None:
+                raise ModelError(f"{name}: neither its tokenizer nor generation_config.json names an end token (eos_token): no judgement would end")
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0] if isinstance(ends, list) else ends)
         with torch.no_grad():
             if not model(input_ids=torch.tensor([tokenizer("Scores")["input_ids"]], device=model.device)).logits.isfinite().all():
                 raise ModelError(f"{name} computes what is not a number; its weights are damaged, or too large for {model.dtype}")
@@ -971,7 +971,7 @@ def load_model(name: str | Path, quantize: str = "none"):
 
     Args:
         name: a folder, a Hub name, a GGUF file (converted once, kept in ~/.cache/spct), or a folder with a LoRA adapter in PEFT's format.
-        quantize: "nf4" (4 bits, double quantization: about 0.55 bytes a weight), "int8", or "none". Embeddings stay as they are.
+        quantize: "nf4" (4 bits, double quantization: about 0.52 bytes a weight), "int8", or "none". Embeddings stay as they are.
     Raises ModelError with what to do: log in for a gated model, pick another quantization, install a package. Says what a large one takes.
     """
     name = str(name)
@@ -1009,7 +1009,7 @@ def load_model(name: str | Path, quantize: str = "none"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, loaded = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, quantization_config=config[quantize], use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-            device_map={"": device} if quantize != "none" else None)
+            device_map={"": device} if cuda or quantize != "none" else None)  # on a GPU: not by way of the machine's memory
         if loaded["missing_keys"]:  # transformers would go on with random ones
             raise ModelError(f"{name} lacks {len(loaded['missing_keys'])} weights, {min(loaded['missing_keys'])} among them: copy it again")
         model = model.to(device) if quantize == "none" else model
@@ -1139,7 +1139,10 @@ def convert_gguf(path: Path) -> str:
             raise ModelError(f"{path} cannot be read as a GGUF model: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
         for part in parts:
             part.save_pretrained(aside)
-        os.replace(aside, folder)
+        with contextlib.suppress(OSError):  # another rank was first
+            os.replace(aside, folder)
+        if not folder.exists():
+            raise ModelError(f"cannot write {folder}: make room, or set SPCT_CACHE to another folder")
     return str(folder)
 
 
@@ -1178,10 +1181,11 @@ class Trajectory:
         return json.dumps(asdict(self), ensure_ascii=False) + "\n"
 
 
-def show(item: Preference, number: int, seed: str, hinted: bool = False, binary: bool = False) -> Trajectory:
-    """Item `number` with its responses in a random order, which the seed decides: position must say nothing."""
+def show(item: Preference, number: int, seed: str | None, hinted: bool = False, binary: bool = False) -> Trajectory:
+    """Item `number` with its responses in a random order, which the seed decides: position must say nothing. None: in their own order."""
     order = list(range(len(item.responses)))
-    random.Random(f"{seed} {number}").shuffle(order)
+    if seed is not None:
+        random.Random(f"{seed} {number}").shuffle(order)
     return Trajectory(number, item.query, [item.responses[i] for i in order], [item.rewards[i] for i in order], order, hinted, binary, item.reference)
 
 
@@ -1233,7 +1237,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 
 def train(model, examples: list[Example], loss_of, args, out: Path) -> int:
-    """Train until loss_of(model, examples), a sum, is small; from `out`'s checkpoint if there is one. Returns the number of steps.
+    """Take --epochs passes that make loss_of(model, examples), a sum, small; from `out`'s checkpoint if there is one. Returns the number of steps.
 
     Saves every --save-every steps and on Ctrl-C, which it raises as KeyboardInterrupt. Raises ModelError if loss or gradient are not finite.
     """
@@ -1271,14 +1275,14 @@ def start_training(model, args):
 
 
 def update(parameters: dict, optimizer, lr: float, step: int, loss: float) -> float:
-    """Take a step along the gradient, summed over the ranks and clipped to norm 1; returns the norm before. Raises ModelError if not finite."""
+    """Take a step against the gradient, summed over the ranks and clipped to norm 1; returns the norm before. Raises ModelError if not finite."""
     for parameter in parameters.values() if RANKS > 1 else ():
         parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         torch.distributed.all_reduce(parameter.grad)
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0).item()
     if not math.isfinite(loss + norm):
         raise ModelError(f"step {step + 1}: the loss is {loss} and the gradient's norm {norm} at learning rate {lr:.2g}; go on with "
-                         f"--resume --lr {lr / 3:.1g}, after deleting checkpoint.pt if there is one")
+                         f"--resume --lr {optimizer.defaults['lr'] / 3:.1g}, after deleting checkpoint.pt if there is one")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -1289,7 +1293,10 @@ def update(parameters: dict, optimizer, lr: float, step: int, loss: float) -> fl
 def set_trainable(model, args) -> None:
     """Adapters if the model has them, is quantized, or --lora-r asks for them; else all weights, in float32 (CUDA then computes in bfloat16)."""
     r = args.lora_r if args.lora_r is not None else 16 * (args.quantize != "none")
-    if not any(isinstance(module, LoRA) for module in model.modules()):
+    if any(isinstance(module, LoRA) for module in model.modules()):
+        if args.lora_r == 0:
+            raise ModelError("--lora-r 0: the model has adapters, which are what is trained; leave it out, or merge them into their base with peft")
+    else:
         torch.manual_seed(args.seed)
         if r:
             add_lora(model, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], r, 2 * r)
@@ -1340,6 +1347,21 @@ def read_trajectories(path: str | Path, most: int | None = None) -> list[Traject
     if most is not None and len(trajectories) > most:
         raise DataError(f"{path}: {len(trajectories)} judgements where {most} belong (two runs at once?); delete it, and they are sampled again")
     return trajectories
+
+
+def ballots(items: list[Preference], k: int, seed: str, binary: bool = False) -> list[Trajectory]:
+    """k judgements to be made of every item, each with an order of its own. binary: single responses are to be scored 0 or 1."""
+    return [show(item, number, f"{seed} {i}", binary=binary and len(item.responses) == 1) for number, item in enumerate(items) for i in range(k)]
+
+
+def taken_over(path: Path, whole: int, chunk: int) -> list[Trajectory]:
+    """What an earlier run left in a file that grows by `chunk` judgements to `whole` of them, but for a chunk that was cut off in writing."""
+    done = read_trajectories(path, whole) if path.exists() else []
+    if 0 < len(done) < whole:
+        del done[len(done) // chunk * chunk:]
+    if path.exists():
+        put(path, lambda aside: aside.write_text("".join(t.line() for t in done), encoding="utf-8"))
+    return done
 
 
 # What matters in training alone, not for what was sampled or measured before it.
@@ -1467,32 +1489,26 @@ def save_model(model, tokenizer, folder: Path, base: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def judge_items(kind: str, name: str, load: Callable, items: list[Preference], args, out: Path, at_once: int = 1024) -> tuple[list[Trajectory], dict]:
-    """Judgements of every item, item after item, by the model `name`, which `load()` loads if something is left to sample.
+def judge_items(kind: str, name: str, load: Callable, shown: list[Trajectory], temperature: float, args, out: Path,
+                at_once: int = 1024) -> tuple[list[Trajectory], dict]:
+    """Let the model `name`, which `load()` loads if something is left to do, judge what is shown: item after item, as many times each.
 
-    kind: "samples" are args.k of each item at args.temperature, every one with its own order of responses; "greedy" is one, in the item's order.
-    They are kept in out/KIND-DIGITS.jsonl, where the digits follow from all that decides them. The file grows by chunks of about `at_once`, and
-    what is in it already is taken over. Beside it lies a .json with what decided, the model's "parameters" and the mean "tokens" of a judgement,
-    which is returned with the trajectories. Raises DataError and ModelError.
+    The judgements are kept in out/KIND-DIGITS.jsonl, where the digits follow from all that decides them. The file grows by whole items, about
+    `at_once` judgements at a time, and what is in it already is taken over. Beside it lies a .json with what decided, the model's "parameters" and
+    the mean "tokens" of a judgement, which is returned with the judgements. Raises DataError and ModelError.
     """
-    k, temperature = (args.k, args.temperature) if kind == "samples" else (1, 0.0)
-    decides = {"kind": kind, "model": fingerprint(name), "quantize": args.quantize, "k": k, "temperature": temperature, "seed": args.seed,
-               "max_new_tokens": args.max_new_tokens, "data": zlib.crc32(repr(items).encode()), "prompt": build_prompt("", ["", ""])}
-    path = out / f"{kind}-{zlib.crc32(json.dumps(decides).encode()):08x}.jsonl"
-    facts, chunk, done = path.with_suffix(".json"), max(1, at_once // k), []
+    decides = {"kind": kind, "model": fingerprint(name), "quantize": args.quantize, "temperature": temperature, "seed": args.seed,
+               "max_new_tokens": args.max_new_tokens, "shown": zlib.crc32(repr(shown).encode()), "prompt": build_prompt("", ["", ""])}
+    path, k = out / f"{kind}-{zlib.crc32(json.dumps(decides).encode()):08x}.jsonl", sum(t.item == 0 for t in shown)
+    facts, chunk = path.with_suffix(".json"), max(1, at_once // k) * k
+    done = taken_over(path, len(shown), chunk)
     if path.exists():
-        done = read_trajectories(path, len(items) * k)
-        if len(done) < len(items) * k:
-            del done[len(done) // (k * chunk) * k * chunk:]  # a chunk that was cut off in writing
-            put(path, lambda aside: aside.write_text("".join(t.line() for t in done), encoding="utf-8"))
-        print(f"{name}: {len(done)} of {len(items) * k} judgements taken over from {path}")
-    for first in range(len(done) // k, len(items), chunk):
-        shown = [show(item, number, f"{args.seed} vote {i}") if kind == "samples" else
-                 Trajectory(number, item.query, item.responses, item.rewards, list(range(len(item.responses))), False, False, item.reference)
-                 for number, item in enumerate(items[first:first + chunk], first) for i in range(k)]
-        judge(*load(), shown, temperature, args, args.seed + first)
-        append(path, "".join(t.line() for t in shown))
-        done += shown
+        print(f"{name}: {len(done)} of {len(shown)} judgements taken over from {path}")
+    for first in range(len(done), len(shown), chunk):
+        part = shown[first:first + chunk]
+        judge(*load(), part, temperature, args, args.seed + part[0].item)
+        append(path, "".join(t.line() for t in part))
+        done += part
     known = read_own(facts) if facts.exists() else None
     if not known:
         model, tokenizer = load()
@@ -1604,5 +1620,10 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal that has no é shows a question mark
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read what is printed went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (DataError, ModelError) as error:
         sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of memory in training: go on with --resume and a lower --micro-tokens, or leave out the longest items")

@@ -1,5 +1,6 @@
 """What all tests share: loading a script whose name starts with a digit, running one as its user does, and skipping what this machine cannot run."""
 import importlib.util
+import json
 import os
 import random
 import resource
@@ -59,6 +60,28 @@ def wait_for_lines(process, path, count):
     while not (path.exists() and path.read_bytes().count(b"\n") >= count):
         assert time.time() < deadline and process.poll() is None, f"no {count} lines in {path}: {process.communicate()[1][-500:]}"
         time.sleep(0.01)
+
+
+def cut_and_resume(folder, script, *options, at, same, politely, resumed=()):
+    """Cut a run off at step `at`, resume it, and compare it with the one in folder/whole: the files `same` byte by byte, and the log's steps.
+
+    politely: by Ctrl-C, after which it must say how to go on; else it is killed. resumed: options of the second part alone.
+    """
+    process, log = start(folder, script, *options, "--out", "cut"), folder / "cut" / "log.jsonl"
+    wait_for_lines(process, log, at)
+    process.send_signal(signal.SIGINT if politely else signal.SIGKILL)
+    _, told = process.communicate(timeout=120)
+    assert not (folder / "cut" / "model").exists()
+    if politely:
+        assert process.returncode == 1 and "go on with: python" in told and "--resume" in told and "Traceback" not in told
+    else:
+        _, told = run(folder, script, *options, "--out", "cut", "--resume", "--lr", 0.5, code=1)
+        assert "error: --resume: the run in cut had other settings: lr 0.5 (was" in told
+    run(folder, script, *options, "--out", "cut", "--resume", *resumed)
+    for name in same:
+        assert (folder / "cut" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
+    steps = [[json.loads(line)["step"] for line in (folder / name / "log.jsonl").read_text().splitlines()] for name in ("cut", "whole")]
+    assert steps[0] == steps[1] == list(range(1, len(steps[0]) + 1))
 
 
 def refusal(monkeypatch, capsys, folder, script, *options) -> str:

@@ -2,9 +2,11 @@
 
     pytest tests/exercises.py -k 03_2            checks exercise 2 of 03_grpo.py; a plain `pytest` runs none of these
 
-What an exercise asks for goes into the script itself: a constant in capitals or a new function above its main(). Work on a branch: where you
-change what a later script carries, tests/test_carried.py will say so. SPCT_SCRIPTS=folder checks the scripts in another folder.
-A check says what was expected and not how to get there. When you have done or given up, tests/solutions/ has one answer to each.
+What an exercise asks for goes into the script itself: constants in capitals and new functions above its main(), options into it. Work on a branch:
+a plain `pytest` then has failures, and should: tests/test_exercises.py holds that the exercises are unsolved, and tests/test_carried.py says where
+you changed what a later script carries. SPCT_SCRIPTS=folder checks the scripts in another folder.
+A check says what was expected and not how to get there. When you have done or given up, tests/solutions/ has one answer to each (where one lists
+REPLACE, the first text of each pair becomes the second).
 """
 import argparse
 import importlib.util
@@ -265,7 +267,7 @@ def test_02_2_a_hint_where_it_is_needed(monkeypatch, tmp_path):
            f"without --needed-only nothing should change; of items with the samples {plans} it keeps {plain} (1: kept)")
 
 
-def test_02_3_does_the_judge_believe_the_hint(monkeypatch):
+def test_02_3_does_the_judge_believe_the_hint(monkeypatch, tell):
     step = script("02")
     hint_effect = given(step, "hint_effect")
     args = options(step, monkeypatch, "--temperature", "0.7")
@@ -291,6 +293,10 @@ def test_02_3_does_the_judge_believe_the_hint(monkeypatch):
         expect(len(prompts) == 3 * len(items), f"hint_effect: {len(items)} pairs and three kinds of prompts, but {len(prompts)} prompts")
         expect(len(shares) == 3 and all(abs(a - b) < 1e-9 for a, b in zip(shares, expected)),
                f"hint_effect: of a judge that {who}, it says {tuple(shares)} (with the truth, with no hint, with a lie)")
+    model, tokenizer = step.load_model(JUDGE)
+    pairs = [item for item in step.load_lines(JUDGE.parent / "eval.jsonl") if len(item.responses) == 2][:100]
+    shares = hint_effect(model, tokenizer, pairs, args)
+    tell("The embedded judge, of 100 pairs: right in {:.0%} with the truth, {:.0%} with no hint, {:.0%} with a lie.".format(*shares))
 
 
 # Step 3 -----------------------------------------------------------------------------------------------------------------------------------

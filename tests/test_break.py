@@ -90,6 +90,13 @@ def without_an_end(folder):
     return folder
 
 
+def test_an_end_token_may_stand_in_the_generation_config_alone(tmp_path):
+    folder = without_an_end(tmp_path / "judge")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5]}))
+    model, tokenizer = grm.load_model(folder)
+    assert grm.end_token(tokenizer) == 0 and tokenizer.eos_token == tokenizer.convert_ids_to_tokens(0)
+
+
 WHOLE = "safetensors alone are read, and all of them must be there, whole: if a download or copy was cut off, start it again"
 MODELS = {
     "an empty folder": (lambda f: f.mkdir() or f, "cannot load the model"),
@@ -194,6 +201,12 @@ def test_step_one_on_a_full_disk_reports_what_it_judged(tmp_path):
     shown, told = run(tmp_path, "01_pointwise_grm.py", "--data", write(tmp_path / "few.jsonl", *items), code=1, largest=4000)
     assert "cannot write runs/01_pointwise_grm/judgements.jsonl: File too large: 8 of 8 items are judged" in shown and "strict" in shown
     assert told.strip().endswith("error: cannot write runs/01_pointwise_grm/judgements.jsonl: File too large; the figures are of 8 of 8 items")
+
+
+def test_whoever_reads_what_is_printed_may_go_away(tmp_path):
+    process = start(tmp_path, "01_pointwise_grm.py", "--limit", 2)
+    process.stdout.close()  # as `| head` does
+    assert process.wait(timeout=300) == 0 and "Traceback" not in (told := process.stderr.read()) and "BrokenPipe" not in told
 
 
 def test_training_on_a_full_disk_goes_on_when_there_is_room(tmp_path):

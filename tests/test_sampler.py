@@ -1,7 +1,7 @@
 """The sampler against transformers' `generate`, token for token, and against the distribution that it should draw from."""
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, MistralForCausalLM
 
 from conftest import JUDGE, gemma_270m, load_script
 
@@ -54,6 +54,16 @@ def test_greedy_equals_generate_past_the_sliding_window(version, batch_size):
     drawn = grm.sample(model, Letters(), prompts, n=2, temperature=0, max_new_tokens=40, batch_size=batch_size, progress=False)
     assert [[s.ids for s in samples] for samples in drawn] == [[ids, ids] for ids in expected]
     assert len({tuple(ids) for ids in expected}) == len(expected)  # the prompts do lead to different texts
+
+
+def test_greedy_equals_generate_where_all_layers_slide():
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+                                             num_key_value_heads=2, head_dim=8, sliding_window=8, eos_token_id=None, pad_token_id=0,
+                                             bos_token_id=None, initializer_range=0.3)).eval()
+    prompts = random_prompts([3, 30, 11])
+    drawn = grm.sample(model, Letters(), prompts, temperature=0, max_new_tokens=30, progress=False)
+    assert [one.ids for [one] in drawn] == generate(model, prompts, 0, [], 30)
 
 
 @pytest.mark.parametrize("version", [2, 3])

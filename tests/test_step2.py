@@ -2,14 +2,14 @@
 import json
 import math
 import random
-import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import JUDGE, gemma_270m, load_script, refusal, run, start, wait_for_lines
+from conftest import JUDGE, cut_and_resume, gemma_270m, load_script, refusal, run
 from test_data import OURS, PAIR, TALK, mutate, write
 from test_sampler import random_gemma
+from transformers import CohereForCausalLM, GraniteForCausalLM
 
 rft = load_script("02_rejective_ft")
 EVAL, TRAIN = JUDGE.parent / "eval.jsonl", JUDGE.parent / "train.jsonl"
@@ -295,6 +295,23 @@ def test_a_folder_in_the_place_of_a_file_stays(tmp_path):
     assert (tmp_path / "results.json" / "notes.txt").read_text() == "precious"
 
 
+@pytest.mark.parametrize("kind, scale", [(CohereForCausalLM, {"logit_scale": 0.25}), (GraniteForCausalLM, {"logits_scaling": 8.0})])
+def test_log_probs_of_models_that_scale_their_logits(kind, scale):
+    torch.manual_seed(0)
+    model = kind(kind.config_class(vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                                   num_key_value_heads=2, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2, **scale)).eval()
+    prompt, completion = [3, 4, 5], [6, 7, 8, 9]
+    expected = model(input_ids=torch.tensor([prompt + completion])).logits[0, 2:-1].log_softmax(-1)[range(4), completion]
+    torch.testing.assert_close(rft.completion_log_probs(model, [(prompt, completion)]), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_keep_their_rank_and_all_weights_cannot_be_asked_for():
+    model, _ = rft.load_model(JUDGE)
+    rft.add_lora(model, ["q_proj"], 2, 4)
+    with pytest.raises(rft.ModelError, match="--lora-r 0: the model has adapters"):
+        rft.set_trainable(model, SimpleNamespace(lora_r=0, quantize="none", seed=0))
+
+
 @pytest.mark.parametrize("extra", [(), ("--lora-r", 4)], ids=["all weights", "LoRA"])
 def test_killed_and_resumed_gives_the_same_weights(tmp_path, extra):
     weights = "adapter_model.safetensors" if extra else "model.safetensors"
@@ -302,21 +319,9 @@ def test_killed_and_resumed_gives_the_same_weights(tmp_path, extra):
     assert "one sample, strict" in shown and "too easy" in shown
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
     assert results["steps"] >= 4 and {"figures", "trajectories", "settings", "versions"} <= results.keys()
-    process = start(tmp_path, STEP, *TINY, *extra, "--out", "cut")
-    wait_for_lines(process, tmp_path / "cut" / "log.jsonl", random.randint(2, results["steps"] - 2))  # there is a checkpoint of the first
-    process.send_signal(signal.SIGKILL if not extra else signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    assert not (tmp_path / "cut" / "model").exists()
-    if extra:  # Ctrl-C: it says how to go on
-        assert process.returncode == 1 and "go on with: python" in told and "--resume" in told and "Traceback" not in told
-    else:
-        _, told = run(tmp_path, STEP, *TINY, "--out", "cut", "--resume", "--lr", 0.5, code=1)
-        assert "error: --resume: the run in cut had other settings: lr 0.5 (was" in told and "Traceback" not in told
-    run(tmp_path, STEP, *TINY, *extra, "--out", "cut", "--resume", "--save-every", 3)  # how a run is saved and shared out may change
-    for name in (f"model/{weights}", "trajectories.jsonl", "before.jsonl"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    log = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log] == list(range(1, results["steps"] + 1))
+    cut_and_resume(tmp_path, STEP, *TINY, *extra, at=random.randint(2, results["steps"] - 2), politely=bool(extra),  # the first has a checkpoint
+                   same=(f"model/{weights}", "trajectories.jsonl", "before.jsonl"),
+                   resumed=("--save-every", 3))  # how a run is saved and shared out may change
     assert json.loads((tmp_path / "cut" / "results.json").read_text())["figures"] == results["figures"]
 
 

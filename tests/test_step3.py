@@ -2,13 +2,12 @@
 import json
 import math
 import random
-import signal
 import textwrap
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import JUDGE, ROOT, gemma_270m, load_script, refusal, run, start, wait_for_lines
+from conftest import JUDGE, ROOT, cut_and_resume, gemma_270m, load_script, refusal, run
 from test_sampler import random_gemma
 
 grpo, rft = load_script("03_grpo"), load_script("02_rejective_ft")
@@ -247,17 +246,8 @@ def test_killed_and_resumed_gives_the_same_weights(tmp_path, lora_r):
     lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5] and ["eval_strict" in line for line in lines] == [False, True, False, True, True]
     assert {"reward", "signal", "kl", "clipped", "entropy", "length", "unreadable", "norm", "seconds_rollout", "seconds_training"} <= lines[0].keys()
-    process, log = start(tmp_path, STEP, *TINY, *extra, "--out", "cut"), tmp_path / "cut" / "log.jsonl"
-    wait_for_lines(process, log, random.randint(1, 3))
-    process.send_signal(signal.SIGINT if lora_r else signal.SIGKILL)
-    _, told = process.communicate(timeout=120)
-    assert not (tmp_path / "cut" / "model").exists()
-    if lora_r:
-        assert process.returncode == 1 and "go on with: python" in told and "--resume" in told and "Traceback" not in told
-    run(tmp_path, STEP, *TINY, *extra, "--out", "cut", "--resume")
-    for name in (f"model/{weights}", "before.jsonl", "after.jsonl"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    assert log.read_text().count("\n") == 5
+    cut_and_resume(tmp_path, STEP, *TINY, *extra, at=random.randint(2, 3), politely=bool(lora_r),
+                   same=(f"model/{weights}", "before.jsonl", "after.jsonl"))
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -275,7 +275,7 @@ def test_the_page_shows_how_the_sum_decided():
 
 def test_a_page_without_a_story():
     item = vote.Preference("q", ["a", "b"], [0, 1])
-    assert "No item had" in Tags(vote.page("judge", [item], [judged(item, [0, 1], [1, 2])] * 2, 2)).text
+    assert "No vote saved" in Tags(vote.page("judge", [item], [judged(item, [0, 1], [1, 2])] * 2, 2)).text
 
 
 def no_load():
@@ -285,7 +285,11 @@ def no_load():
 def test_samples_are_kept_and_a_cut_off_file_goes_on_to_the_same(tmp_path):
     items, load = vote.load_lines(EVAL)[:7], vote.functools.cache(lambda: vote.load_model(JUDGE))
     (tmp_path / "a").mkdir()
-    whole, facts = vote.judge_items("samples", str(JUDGE), load, items, OPTIONS, tmp_path / "a", at_once=6)  # 4 chunks
+
+    def judge(load, out, at_once=1024):
+        return vote.judge_items("samples", str(JUDGE), load, vote.ballots(items, 3, "0 vote"), 0.5, OPTIONS, out, at_once)
+
+    whole, facts = judge(load, tmp_path / "a", at_once=6)  # 4 chunks
     [path] = (tmp_path / "a").glob("samples-*.jsonl")
     assert path.stem.removeprefix("samples-").isalnum() and len(path.stem) == len("samples-") + 8
     assert len(whole) == 21 and [t.item for t in whole] == [i for i in range(7) for _ in range(3)]
@@ -294,14 +298,14 @@ def test_samples_are_kept_and_a_cut_off_file_goes_on_to_the_same(tmp_path):
         item = items[t.item]
         assert [item.responses[i] for i in t.order] == t.responses and not t.hinted and not t.binary and t.query == item.query
     assert any(t.order != sorted(t.order) for t in whole)
-    assert vote.judge_items("samples", str(JUDGE), no_load, items, OPTIONS, tmp_path / "a") == (whole, facts)  # taken over, without a model
+    assert judge(no_load, tmp_path / "a") == (whole, facts)  # taken over, without a model
     text = path.read_bytes()
     for name in (path.name, path.with_suffix(".json").name):
         (tmp_path / "b" / name).parent.mkdir(exist_ok=True)
     (tmp_path / "b" / path.name).write_bytes(text[:len(text) * 3 // 5])  # in the middle of a line
-    assert vote.judge_items("samples", str(JUDGE), load, items, OPTIONS, tmp_path / "b", at_once=6) == (whole, facts)
+    assert judge(load, tmp_path / "b", at_once=6) == (whole, facts)
     assert (tmp_path / "b" / path.name).read_bytes() == text
-    greedy, _ = vote.judge_items("greedy", str(JUDGE), load, items, OPTIONS, tmp_path / "a")
+    greedy, _ = vote.judge_items("greedy", str(JUDGE), load, [vote.show(item, i, None) for i, item in enumerate(items)], 0.0, OPTIONS, tmp_path / "a")
     assert [t.order for t in greedy] == [list(range(len(item.responses))) for item in items]
     assert len(list((tmp_path / "a").glob("*.jsonl"))) == 2
 
@@ -313,8 +317,9 @@ def test_whatever_decides_the_samples_names_their_file(tmp_path, monkeypatch):
     tokenizer = vote.load_model(JUDGE)[1]
     names = set()
 
-    def files(name=str(JUDGE), items=items, kind="samples", **changed):
-        vote.judge_items(kind, name, lambda: (model, tokenizer), items, options(**changed), tmp_path)
+    def files(name=str(JUDGE), items=items, kind="samples", k=3, temperature=0.5, seed=0, **changed):
+        vote.judge_items(kind, name, lambda: (model, tokenizer), vote.ballots(items, k, f"{seed} vote"), temperature, options(seed=seed, **changed),
+                         tmp_path)
         new = {path.name for path in tmp_path.glob("*.jsonl")} - names
         names.update(new)
         return len(new)

@@ -3,12 +3,11 @@ to the same weights, and what its user is told."""
 import json
 import math
 import random
-import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import JUDGE, load_script, refusal, run, start, wait_for_lines
+from conftest import JUDGE, cut_and_resume, load_script, refusal, run
 from PIL import Image
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -137,8 +136,10 @@ def test_a_tie_at_the_top():
 def test_labels_are_counted_by_source():
     queries = {kept: next(f"query {i}" for i in range(99) if meta.set_aside(f"query {i}", 0.2) == kept) for kept in (False, True)}
     some = [judged(query=queries[False])] * 3 + [judged(scores=(1, 2), query=queries[False])] * 2 + [judged(scores=None, query=queries[False])]
-    rows = meta.table_of_labels({"first": some, "second": [judged(query=queries[True])] * 4}, 0.2).splitlines()
-    assert rows[2].split() == ["first", "6", "1", "3", "2", "0", "0"] and rows[3].split() == ["second", "4", "0", "0", "0", "4", "0"]
+    sources = {"first": [*some, judged(scores=(4, 4), query=queries[False])], "second": [judged(query=queries[True])] * 4}
+    for with_ties, wrong in ((False, "2"), (True, "3")):
+        rows = meta.table_of_labels(sources, SimpleNamespace(validate=0.2, with_ties=with_ties)).splitlines()
+        assert rows[2].split() == ["first", "7", "1", "3", wrong, "0", "0"] and rows[3].split() == ["second", "4", "0", "0", "0", "4", "0"]
 
 
 def test_what_the_meta_rm_reads():
@@ -260,23 +261,48 @@ def test_rewards_are_kept_and_scoring_goes_on(tmp_path, monkeypatch):
 
 def test_fresh_judgements_go_on_where_they_were_cut_off(tmp_path):
     items, load = meta.load_lines(TRAIN)[:10], lambda: meta.load_model(JUDGE)
-    whole = meta.sample_judgements("fresh", items, 1.0, load, OPTIONS, tmp_path, at_once=8)
-    [path] = tmp_path.iterdir()
+
+    def judge(load, items=items):
+        return meta.judge_items("fresh", str(JUDGE), load, meta.ballots(items, 2, "0 fresh", binary=True), 1.0, OPTIONS, tmp_path, at_once=8)[0]
+
+    whole = judge(load)
+    [path] = tmp_path.glob("*.jsonl")
     lines = path.read_bytes()
     assert [t.item for t in whole] == [i for i in range(10) for _ in range(2)] and lines.count(b"\n") == 20
     assert {t.binary for t in whole if len(t.responses) == 1} <= {True} and any(t.scores for t in whole)
     path.write_bytes(lines[:len(lines) * 2 // 3])
-    assert meta.sample_judgements("fresh", items, 1.0, load, OPTIONS, tmp_path, at_once=8) == whole and path.read_bytes() == lines
-    assert meta.sample_judgements("fresh", items, 1.0, None, OPTIONS, tmp_path, at_once=8) == whole  # nothing is left to sample
-    meta.sample_judgements("fresh", items[:4], 1.0, load, OPTIONS, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2  # other items are another file
+    assert judge(load) == whole and path.read_bytes() == lines
+    assert judge(None) == whole  # nothing is left to sample
+    judge(load, items[:4])
+    assert len(list(tmp_path.glob("*.jsonl"))) == 2  # other items are another file
 
 
 def test_the_meta_rm_is_made_of_what_lies_beneath_an_adapter(tmp_path):
     assert meta.beneath("google/gemma-3-4b-it") == "google/gemma-3-4b-it" and meta.beneath(str(JUDGE)) == str(JUDGE)
     for text, base in ('{"base_model_name_or_path": "a/b"}', "a/b"), ("{", str(tmp_path)), ("{}", str(tmp_path)), ("[]", str(tmp_path)):
         (tmp_path / "adapter_config.json").write_text(text)
-        assert meta.beneath(str(tmp_path)) == base
+        assert meta.beneath(str(tmp_path)) == meta.origin(str(tmp_path)) == base
+
+
+def test_the_meta_rm_is_made_of_what_training_began_with(tmp_path):
+    for name, settings in ("02", {"model": "google/gemma-3-4b-it"}), ("03", {"model": str(tmp_path / "02/model")}), ("04", {}):
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "settings.json").write_text(json.dumps(settings))
+    (tmp_path / "03/model/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "02/model")}))
+    assert meta.origin(str(tmp_path / "03/model")) == meta.origin(str(tmp_path / "02/model")) == "google/gemma-3-4b-it"
+    assert meta.origin(str(tmp_path / "04/model")) == str(tmp_path / "04/model") and meta.origin("owner/model") == "owner/model"
+    for damaged in ("{", "[]", '{"model": null}'):
+        (tmp_path / "02/settings.json").write_text(damaged)
+        assert meta.origin(str(tmp_path / "03/model")) == str(tmp_path / "02/model")
+
+
+def test_trajectories_of_other_data_are_not_learnt_from(tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs/02_rejective_ft").mkdir(parents=True)
+    (tmp_path / "runs/02_rejective_ft/trajectories.jsonl").write_text(judged(query="somebody else's").line())
+    (tmp_path / "own.jsonl").write_text('{"query": "x", "responses": ["a", "b"], "rewards": [0, 1]}\n')
+    arguments = ("--data", "own.jsonl", "--eval", "own.jsonl", "--model", "nobody/nothing")
+    assert "cannot load the model nobody/nothing" in refusal(monkeypatch, capsys, tmp_path, STEP, *arguments)  # it has to be asked
+    assert "trajectories.jsonl has judgements of items that are not in own.jsonl: they are left out" in capsys.readouterr().out
 
 
 def test_most_and_least_trusted_stand_side_by_side():
@@ -301,21 +327,8 @@ def test_killed_and_resumed_gives_the_same_weights(tmp_path, lora_r):
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
     assert results["steps"] >= 5 and {"curve", "by_k_meta", "few", "auc", "settings", "versions"} <= results.keys()
     assert (tmp_path / "whole" / "guided.png").exists() and len(list((tmp_path / "runs" / "04_voting").glob("samples-*.jsonl"))) == 1
-    process = start(tmp_path, STEP, *TINY, *extra, "--out", "cut")
-    wait_for_lines(process, tmp_path / "cut" / "log.jsonl", random.randint(2, results["steps"] - 2))  # there is a checkpoint of the first
-    process.send_signal(signal.SIGKILL if not lora_r else signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    assert not (tmp_path / "cut" / "model").exists()
-    if lora_r:  # Ctrl-C: it says how to go on
-        assert process.returncode == 1 and "go on with: python" in told and "--resume" in told and "Traceback" not in told
-    else:
-        _, told = run(tmp_path, STEP, *TINY, *extra, "--out", "cut", "--resume", "--lr", 0.5, code=1)
-        assert "error: --resume: the run in cut had other settings: lr 0.5 (was" in told and "Traceback" not in told
-    run(tmp_path, STEP, *TINY, *extra, "--out", "cut", "--resume")
-    for name in (f"model/{weights}", "rewards.jsonl", "held_out.jsonl"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    log = [json.loads(line) for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log] == list(range(1, results["steps"] + 1))
+    cut_and_resume(tmp_path, STEP, *TINY, *extra, at=random.randint(2, results["steps"] - 2), politely=bool(lora_r),  # the first has a checkpoint
+                   same=(f"model/{weights}", "rewards.jsonl", "held_out.jsonl"))
     assert json.loads((tmp_path / "cut" / "results.json").read_text())["curve"] == results["curve"]
 
 
@@ -332,7 +345,8 @@ def test_killed_and_resumed_gives_the_same_weights(tmp_path, lora_r):
     (["--base", "nobody/nothing", "--trajectories", "both.jsonl", "--no-fresh", "--eval", "pair.jsonl", "--k", "1"],
      "error: cannot load the model nobody/nothing"),
     (["--voting", "pair.jsonl", "--no-fresh", "--trajectories", "both.jsonl"], "error: cannot write pair.jsonl: File exists"),
-    (["--k-meta", "0"], "--k-meta are shares"), (["--n-fresh", "0"], "--n-fresh must be from 1 to"),
+    (["--k-meta", "0"], "--k-meta is a share"), (["--validate", "1"], "--validate must be above 0 and below 1"),
+    (["--n-fresh", "0"], "--n-fresh must be from 1 to"),
     (["--quantize", "nf4", "--lora-r", "0"], "quantized weights cannot be trained")])
 def test_bad_input_gets_one_clear_sentence(tmp_path, monkeypatch, capsys, arguments, message):
     def fake(model, tokenizer, shown, *_):
