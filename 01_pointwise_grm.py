@@ -47,6 +47,7 @@ import math
 import os
 import random
 import re
+import shutil
 import sys
 import time
 import zlib
@@ -170,7 +171,8 @@ def end_token(tokenizer) -> int | None:
     if tokenizer.chat_template is None:
         return tokenizer.eos_token_id
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "judgement"}]
-    rest = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False).rpartition("judgement")[2], add_special_tokens=False)["input_ids"]
+    tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("judgement")[2].lstrip()  # Llama 2 has a space before its end
+    rest = tokenizer(tail, add_special_tokens=False)["input_ids"]
     return rest[0] if rest else tokenizer.eos_token_id
 
 
@@ -1032,6 +1034,7 @@ def convert_gguf(path: Path) -> str:
             os.replace(aside, folder)
         if not folder.exists():
             raise ModelError(f"cannot write {folder}: make room, or set SPCT_CACHE to another folder")
+        shutil.rmtree(aside, ignore_errors=True)
     return str(folder)
 
 

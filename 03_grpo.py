@@ -484,7 +484,8 @@ def end_token(tokenizer) -> int | None:
     if tokenizer.chat_template is None:
         return tokenizer.eos_token_id
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "judgement"}]
-    rest = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False).rpartition("judgement")[2], add_special_tokens=False)["input_ids"]
+    tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("judgement")[2].lstrip()  # Llama 2 has a space before its end
+    rest = tokenizer(tail, add_special_tokens=False)["input_ids"]
     return rest[0] if rest else tokenizer.eos_token_id
 
 
@@ -1132,6 +1133,7 @@ def convert_gguf(path: Path) -> str:
             os.replace(aside, folder)
         if not folder.exists():
             raise ModelError(f"cannot write {folder}: make room, or set SPCT_CACHE to another folder")
+        shutil.rmtree(aside, ignore_errors=True)
     return str(folder)
 
 
@@ -1203,7 +1205,7 @@ def token_log_probs(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch
     """
     config = model.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)  # Cohere; Granite
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)  # Cohere; Granite
 
     def of_chunk(hidden, targets):
         logits = model.get_output_embeddings()(hidden).float() * scale
@@ -1488,34 +1490,23 @@ def evaluate(model, tokenizer, items: list[Preference], args, path: Path) -> dic
 def compare(items: list[Preference], before: dict, after: dict) -> dict[str, dict[str, float]]:
     """Figures before and after, with the standard error of each and of their difference on the same items, clustered by query. "one sample" is
     the mean over an item's k samples: what one draw is worth on average. For the biases and the attack see `bias` and `attack_success`."""
-    def voted(samples):
-        return [sum(column) for column in zip(*filter(None, samples))] or None
+    def figures_of(run):  # title -> (values, what each of them is of)
+        samples, shown, some = run["samples"], run["shown"], items[:len(run["attacked"])]
+        summed = [[[sum(column) for column in zip(*filter(None, of_item))] or None] for of_item in samples]
+        ways = {"greedy": [[scores] for scores in run["greedy"]], "one sample": samples, f"{len(samples[0])} summed": summed}
+        found = {f"{way}, {name}": [sum(value(scores, item.rewards) for scores in of_item) / len(of_item) for of_item, item in zip(judged, items)]
+                 for way, judged in ways.items() for name, value in (("strict", is_correct), ("accuracy", chance_of_best))}
+        found["one sample, unreadable"] = [of_item.count(None) / len(of_item) for of_item in samples]
+        found = {title: (values, items) for title, values in found.items()}
+        for trait in TRAITS:
+            found[f"one sample, {trait} bias"] = bias(trait, shown, [t.scores for t in shown]), shown
+        return found | {"greedy, attack success": (attack_success(some, run["greedy"][:len(some)], run["attacked"]), some)}
 
-    def unreadable(scores, _):
-        return scores is None
-
-    def one(run, i):
-        return run["samples"][i]
-
-    ways = {"greedy": lambda run, i: [run["greedy"][i]], "one sample": one,
-            f"{len(before['samples'][0])} summed": lambda run, i: [voted(one(run, i))]}
-    rows = [(f"{way}, {name}", scores_of, value) for way, scores_of in ways.items()
-            for name, value in (("strict", is_correct), ("accuracy", chance_of_best))]
-    figures = {}
-    for title, scores_of, value in rows + [("one sample, unreadable", one, unreadable)]:
-        old, new = ([sum(value(scores, item.rewards) for scores in scores_of(run, i)) / len(scores_of(run, i)) for i, item in enumerate(items)]
-                    for run in (before, after))
-        figures[title] = (old, new), [str(item.query) for item in items]
-    for trait in TRAITS:
-        figures[f"one sample, {trait} bias"] = ([bias(trait, run["shown"], [t.scores for t in run["shown"]]) for run in (before, after)],
-                                                [str(t.query) for t in before["shown"]])
-    some = items[:len(before["attacked"])]
-    figures["greedy, attack success"] = ([attack_success(some, run["greedy"][:len(some)], run["attacked"]) for run in (before, after)],
-                                         [str(item.query) for item in some])
-    for title, ((old, new), queries) in figures.items():
+    figures, new = {}, figures_of(after)
+    for title, (old, of) in figures_of(before).items():
         row = figures[title] = {}
-        for key, values in (("before", old), ("after", new), ("gain", [b - a for a, b in zip(old, new)])):
-            row[key], row[f"{key}_se"] = mean_and_se(values, queries)
+        for key, values in (("before", old), ("after", new[title][0]), ("gain", [b - a for a, b in zip(old, new[title][0])])):
+            row[key], row[f"{key}_se"] = mean_and_se(values, [str(one.query) for one in of])
     return figures
 
 
@@ -1534,7 +1525,8 @@ if __name__ == "__main__":
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read what is printed went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit("error: whoever read what is printed went away; go on with --resume")
     except (DataError, ModelError) as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
-        sys.exit("error: out of memory in training: go on with --resume and a lower --micro-tokens, or leave out the longest items")
+        sys.exit("error: out of memory in training: go on with --resume and a lower --micro-tokens, or begin anew with a lower --group-size")

@@ -539,7 +539,8 @@ def end_token(tokenizer) -> int | None:
     if tokenizer.chat_template is None:
         return tokenizer.eos_token_id
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "judgement"}]
-    rest = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False).rpartition("judgement")[2], add_special_tokens=False)["input_ids"]
+    tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("judgement")[2].lstrip()  # Llama 2 has a space before its end
+    rest = tokenizer(tail, add_special_tokens=False)["input_ids"]
     return rest[0] if rest else tokenizer.eos_token_id
 
 
@@ -1133,6 +1134,7 @@ def convert_gguf(path: Path) -> str:
             os.replace(aside, folder)
         if not folder.exists():
             raise ModelError(f"cannot write {folder}: make room, or set SPCT_CACHE to another folder")
+        shutil.rmtree(aside, ignore_errors=True)
     return str(folder)
 
 
@@ -1246,9 +1248,8 @@ def ballots(items: list[Preference], k: int, seed: str, binary: bool = False) ->
 def taken_over(path: Path, whole: int, chunk: int) -> list[Trajectory]:
     """What an earlier run left in a file that grows by `chunk` judgements to `whole` of them, but for a chunk that was cut off in writing."""
     done = read_trajectories(path, whole) if path.exists() else []
-    if 0 < len(done) < whole:
+    if path.exists() and len(done) < whole:
         del done[len(done) // chunk * chunk:]
-    if path.exists():
         put(path, lambda aside: aside.write_text("".join(t.line() for t in done), encoding="utf-8"))
     return done
 

@@ -11,8 +11,8 @@ be guided: their errors are the ones it will meet. (Judgements with a tie at the
 unlike the paper's, this small meta RM is not shown them unless --with-ties says so: ties are easily told, and guiding gained less.) Guided voting
 then keeps, of k samples, the k_meta with the highest meta reward (default k/2; --k-meta sets the share) and sums those (Eq. 14). Nothing is asked
 twice: step 4's samples are voted on again, and the truth serves only to measure: the oracle line keeps exactly the correct samples (all, if none
-is). With --model tests/tiny/judge guiding gains (7.0 +- 2.2 points with 16 of 32); for the embedded judge after GRPO, the default, it does not (0.2
-+- 1.9). Look at both, and ask why.
+is). With --model tests/tiny/judge guiding gains (7.0 +- 2.2 points with 16 of 32); for the embedded judge after GRPO, the default, it does not
+(0.2 +- 1.9). Look at both, and ask why.
 
     python 05_metarm.py                                                            the latest embedded judge, 2 CPU cores, under 6 minutes
     python 05_metarm.py --model google/gemma-3-4b-it --base google/gemma-3-4b-it --quantize nf4 --data train.jsonl --eval eval.jsonl --lr 1e-4
@@ -292,7 +292,7 @@ def main():
     print(f"the judge {args.model} is guided by a meta RM made of {args.base}; {len(others)} items to vote on")
     taught, own = read_trajectories(earlier) if args.trajectories or earlier.exists() else [], {str(item.query) for item in data}
     if not args.trajectories and len(taught) > len(taught := [t for t in taught if str(t.query) in own]):
-        print(f"{earlier} has judgements of items that are not in {args.data}: they are left out")
+        print(f"{earlier} has judgements of items of {args.data} that are held out, or of other data: they are left out")
     open_run(out, vars(args) | {"crc": zlib.crc32(repr((items, others, taught)).encode())}, args.resume)
     with writing(voting):
         voting.mkdir(parents=True, exist_ok=True)
@@ -351,10 +351,16 @@ def main():
 def origin(model: str) -> str:
     """The model that the training of `model` began with, by the settings.json that steps 2 and 3 leave beside it; else what lies beneath an adapter;
     else `model` itself."""
-    before = beneath(model)
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        before = json.loads((Path(model).parent / "settings.json").read_text())["model"] or before
-    return model if before == model else origin(before)
+    seen = set()
+    while model not in seen:
+        seen.add(model)
+        before, settings = beneath(model), Path(model).parent / "settings.json"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            before = json.loads(settings.read_text())["model"] + ""
+        if not Path(before).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", before):  # deleted, or named from another folder
+            break
+        model = before
+    return model
 
 
 def table_of_labels(sources: dict[str, list[Trajectory]], args) -> str:
@@ -544,7 +550,8 @@ def end_token(tokenizer) -> int | None:
     if tokenizer.chat_template is None:
         return tokenizer.eos_token_id
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "judgement"}]
-    rest = tokenizer(tokenizer.apply_chat_template(turns, tokenize=False).rpartition("judgement")[2], add_special_tokens=False)["input_ids"]
+    tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("judgement")[2].lstrip()  # Llama 2 has a space before its end
+    rest = tokenizer(tail, add_special_tokens=False)["input_ids"]
     return rest[0] if rest else tokenizer.eos_token_id
 
 
@@ -1143,6 +1150,7 @@ def convert_gguf(path: Path) -> str:
             os.replace(aside, folder)
         if not folder.exists():
             raise ModelError(f"cannot write {folder}: make room, or set SPCT_CACHE to another folder")
+        shutil.rmtree(aside, ignore_errors=True)
     return str(folder)
 
 
@@ -1357,9 +1365,8 @@ def ballots(items: list[Preference], k: int, seed: str, binary: bool = False) ->
 def taken_over(path: Path, whole: int, chunk: int) -> list[Trajectory]:
     """What an earlier run left in a file that grows by `chunk` judgements to `whole` of them, but for a chunk that was cut off in writing."""
     done = read_trajectories(path, whole) if path.exists() else []
-    if 0 < len(done) < whole:
+    if path.exists() and len(done) < whole:
         del done[len(done) // chunk * chunk:]
-    if path.exists():
         put(path, lambda aside: aside.write_text("".join(t.line() for t in done), encoding="utf-8"))
     return done
 
@@ -1623,7 +1630,8 @@ if __name__ == "__main__":
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read what is printed went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit("error: whoever read what is printed went away; go on with --resume")
     except (DataError, ModelError) as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
-        sys.exit("error: out of memory in training: go on with --resume and a lower --micro-tokens, or leave out the longest items")
+        sys.exit("error: out of memory in training: go on with --resume and a lower --micro-tokens, or begin anew without the longest items")

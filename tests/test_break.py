@@ -209,6 +209,12 @@ def test_whoever_reads_what_is_printed_may_go_away(tmp_path):
     assert process.wait(timeout=300) == 0 and "Traceback" not in (told := process.stderr.read()) and "BrokenPipe" not in told
 
 
+def test_training_that_nobody_reads_any_more_says_how_to_go_on(tmp_path):
+    process = start(tmp_path, "02_rejective_ft.py", "--limit", 8, "--eval-limit", 4, "--k", 1, "--max-new-tokens", 160)
+    process.stdout.close()
+    assert process.wait(timeout=300) == 1 and process.stderr.read().strip().endswith("went away; go on with --resume")
+
+
 def test_training_on_a_full_disk_goes_on_when_there_is_room(tmp_path):
     tiny = ("--limit", 8, "--eval-limit", 4, "--k", 1, "--max-new-tokens", 160, "--train-batch", 4, "--save-every", 1, "--batch-size", 64)
     _, told = run(tmp_path, "02_rejective_ft.py", *tiny, code=1, largest=10**6)  # all but the checkpoint fits

@@ -141,6 +141,10 @@ def test_what_ends_a_judgement(tokenizer, chat_tokenizer):
     chat_tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)  # Qwen's: the end token holds a bar itself
     chat_tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     assert grm.end_token(chat_tokenizer) == chat_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    chat_tokenizer.chat_template = "{% for m in messages %} {{ m.content }} <|im_end|>{% endfor %}"  # Llama 2's: a space before the end
+    assert grm.end_token(chat_tokenizer) == chat_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    chat_tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"  # a line's end ends no judgement
+    assert grm.end_token(chat_tokenizer) == tokenizer.eos_token_id
     chat_tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking is false %}!{% endif %}"
     assert chat_tokenizer.decode(grm.encode(chat_tokenizer, "x")) == "x!"  # a judge that could think first is told not to
     chat_tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"  # one that writes no end

@@ -303,6 +303,8 @@ def test_log_probs_of_models_that_scale_their_logits(kind, scale):
     prompt, completion = [3, 4, 5], [6, 7, 8, 9]
     expected = model(input_ids=torch.tensor([prompt + completion])).logits[0, 2:-1].log_softmax(-1)[range(4), completion]
     torch.testing.assert_close(rft.completion_log_probs(model, [(prompt, completion)]), expected, atol=1e-5, rtol=1e-5)
+    model.config.logit_scale = None  # as some configurations have it: 1
+    assert rft.completion_log_probs(model, [(prompt, completion)]).isfinite().all()
 
 
 def test_adapters_keep_their_rank_and_all_weights_cannot_be_asked_for():

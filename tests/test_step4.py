@@ -299,7 +299,9 @@ def test_samples_are_kept_and_a_cut_off_file_goes_on_to_the_same(tmp_path):
         assert [item.responses[i] for i in t.order] == t.responses and not t.hinted and not t.binary and t.query == item.query
     assert any(t.order != sorted(t.order) for t in whole)
     assert judge(no_load, tmp_path / "a") == (whole, facts)  # taken over, without a model
-    text = path.read_bytes()
+    text, known = path.read_bytes(), path.stat()
+    judge(no_load, tmp_path / "a")
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (known.st_ino, known.st_mtime_ns)  # what is whole is not written again
     for name in (path.name, path.with_suffix(".json").name):
         (tmp_path / "b" / name).parent.mkdir(exist_ok=True)
     (tmp_path / "b" / path.name).write_bytes(text[:len(text) * 3 // 5])  # in the middle of a line

@@ -291,9 +291,11 @@ def test_the_meta_rm_is_made_of_what_training_began_with(tmp_path):
     (tmp_path / "03/model/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "02/model")}))
     assert meta.origin(str(tmp_path / "03/model")) == meta.origin(str(tmp_path / "02/model")) == "google/gemma-3-4b-it"
     assert meta.origin(str(tmp_path / "04/model")) == str(tmp_path / "04/model") and meta.origin("owner/model") == "owner/model"
-    for damaged in ("{", "[]", '{"model": null}'):
+    for damaged in ("{", "[]", '{"model": null}', '{"model": 3}', json.dumps({"model": str(tmp_path / "gone")})):
         (tmp_path / "02/settings.json").write_text(damaged)
         assert meta.origin(str(tmp_path / "03/model")) == str(tmp_path / "02/model")
+    (tmp_path / "02/settings.json").write_text(json.dumps({"model": str(tmp_path / "03/model")}))  # each made of the other
+    assert meta.origin(str(tmp_path / "03/model")) in (str(tmp_path / "02/model"), str(tmp_path / "03/model"))
 
 
 def test_trajectories_of_other_data_are_not_learnt_from(tmp_path, monkeypatch, capsys):
@@ -302,7 +304,7 @@ def test_trajectories_of_other_data_are_not_learnt_from(tmp_path, monkeypatch, c
     (tmp_path / "own.jsonl").write_text('{"query": "x", "responses": ["a", "b"], "rewards": [0, 1]}\n')
     arguments = ("--data", "own.jsonl", "--eval", "own.jsonl", "--model", "nobody/nothing")
     assert "cannot load the model nobody/nothing" in refusal(monkeypatch, capsys, tmp_path, STEP, *arguments)  # it has to be asked
-    assert "trajectories.jsonl has judgements of items that are not in own.jsonl: they are left out" in capsys.readouterr().out
+    assert "trajectories.jsonl has judgements of items of own.jsonl that are held out, or of other data: they are left out" in capsys.readouterr().out
 
 
 def test_most_and_least_trusted_stand_side_by_side():
