@@ -650,6 +650,7 @@ class Decoder:
         self.warm, self.captured, self.graphs = None, None, device.type == "cuda" and not (
             getattr(model, "no_graphs", False) or getattr(model, "is_loaded_in_8bit", False))
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
+        self.latent = bool(getattr(model.config.get_text_config(), "kv_lora_rank", None))
         transformers.AttentionInterface.register("spct_decode", attend)
         # Prefill: each distinct prompt once, a few thousand tokens at a time.
         self.width = max(map(len, prompts))
@@ -696,6 +697,9 @@ class Decoder:
             return key, value
         for cache, new in zip(self.cache[layer], (key, value)):
             cache.index_copy_(2, self.column, new)
+        if self.latent:  # DeepSeek's layers leave what keys and values are made of, and make them all in every step, for their own attention
+            groups = self.slots // self.table.shape[1]
+            return [torch.cat([prompt[groups], own[:, :, :self.visible]], 2) for prompt, own in zip(self.prompt_cache[layer], self.cache[layer])]
         return self, layer
 
     def get_seq_length(self, *_):
@@ -724,7 +728,8 @@ class Decoder:
     def step(self):
         """Run the model on every row's last token, and draw the next."""
         config = self.model.config.get_text_config()
-        usual, config._attn_implementation = config._attn_implementation, "spct_decode"
+        usual = config._attn_implementation
+        config._attn_implementation = usual if self.latent else "spct_decode"
         try:
             self.draw(self.forward(self.token, self.position, self.width + self.column))
         finally:
@@ -938,7 +943,12 @@ def add_lora(model, targets: list[str], r: int, alpha: float) -> None:
 
 
 def bytes_of_token(config, itemsize: int) -> int:
-    """Bytes of a token's keys and values in all layers. Sliding-window layers keep every token, too."""
+    """Bytes of a token's keys and values in all layers. Sliding-window layers keep every token, too. DeepSeek's layers keep latents; to them are
+    added the keys and values that one layer makes of them."""
+    if getattr(config, "kv_lora_rank", None):
+        latent, key = config.kv_lora_rank + config.qk_rope_head_dim, config.qk_nope_head_dim + config.qk_rope_head_dim
+        made = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim + key)
+        return ((config.num_hidden_layers + 1) * latent + made) * itemsize
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * head_dim * itemsize

@@ -1,6 +1,7 @@
 """The sampler against transformers' `generate`, token for token, and against the distribution that it should draw from."""
 import pytest
 import torch
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, MistralForCausalLM
 
 from conftest import JUDGE, gemma_270m, load_script
@@ -64,6 +65,26 @@ def test_greedy_equals_generate_where_all_layers_slide():
     prompts = random_prompts([3, 30, 11])
     drawn = grm.sample(model, Letters(), prompts, temperature=0, max_new_tokens=30, progress=False)
     assert [one.ids for [one] in drawn] == generate(model, prompts, 0, [], 30)
+
+
+def random_deepseek(version):
+    """A small random DeepSeek (V2 is what the released 16B judge is made of): its cache holds latents that all heads' keys and values are made of."""
+    torch.manual_seed(0)
+    shape = dict(vocab_size=61, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=3, num_attention_heads=4,
+                 num_key_value_heads=4, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, first_k_dense_replace=1, q_lora_rank=None,
+                 kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6, n_group=1, topk_group=1, eos_token_id=None, pad_token_id=0,
+                 bos_token_id=None, initializer_range=0.3)
+    config, kind = {2: (DeepseekV2Config, DeepseekV2ForCausalLM), 3: (DeepseekV3Config, DeepseekV3ForCausalLM)}[version]
+    return kind(config(**shape)).eval()
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_greedy_equals_generate_where_the_cache_holds_latents(version):
+    model, prompts = random_deepseek(version), random_prompts([3, 30, 11, 17, 30])
+    expected = generate(model, prompts, 0, [], 40)
+    drawn = grm.sample(model, Letters(), prompts, n=2, temperature=0, max_new_tokens=40, batch_size=7, progress=False)
+    assert [[s.ids for s in samples] for samples in drawn] == [[ids, ids] for ids in expected]
+    assert len({tuple(ids) for ids in expected}) == len(set(map(tuple, prompts)))
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -321,3 +342,8 @@ def test_rows_that_fit_counts_cache_and_logits(monkeypatch):
     assert grm.rows_that_fit(model, 100) == 10
     monkeypatch.setattr(grm.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 5}))
     assert grm.rows_that_fit(model, 100) == 1
+
+
+def test_a_token_of_latents_counts_them_and_what_one_layer_makes_of_them():
+    # (3 layers + 1 copy) * (12 + 4) and, for 4 heads, 8 + 6 from the latent and a key of 8 + 4; 4 bytes each
+    assert grm.bytes_of_token(random_deepseek(2).config, 4) == (4 * 16 + 4 * (14 + 12)) * 4
