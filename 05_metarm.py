@@ -110,7 +110,8 @@ def meta_model(base: str, args):
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(causal.config)
     except ValueError:
-        raise ModelError(f"{base}: transformers has no sequence classification for {causal.config.model_type} models") from None
+        raise ModelError(f"{base}: transformers has no sequence classification for {causal.config.model_type} models; name another --base, with "
+                         "--resume on what was sampled") from None
     setattr(model, model.base_model_prefix, causal.base_model)
     set_trainable(model, args)
     model.score = torch.nn.Linear(model.score.in_features, 1, bias=False, device=causal.device, dtype=torch.float32)
@@ -770,7 +771,8 @@ class Decoder:
         self.warm, self.captured, self.graphs = None, None, device.type == "cuda" and not (
             getattr(model, "no_graphs", False) or getattr(model, "is_loaded_in_8bit", False))
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
-        self.latent = bool(getattr(model.config.get_text_config(), "kv_lora_rank", None))
+        # Attention of its own, or DeepSeek's, which caches latents and makes keys and values of them all in every step: `attend` cannot stand in
+        self.whole = not getattr(model, "_supports_attention_backend", True) or hasattr(model.config.get_text_config(), "kv_lora_rank")
         transformers.AttentionInterface.register("spct_decode", attend)
         # Prefill: each distinct prompt once, a few thousand tokens at a time.
         self.width = max(map(len, prompts))
@@ -817,7 +819,7 @@ class Decoder:
             return key, value
         for cache, new in zip(self.cache[layer], (key, value)):
             cache.index_copy_(2, self.column, new)
-        if self.latent:  # DeepSeek's layers leave what keys and values are made of, and make them all in every step, for their own attention
+        if self.whole:
             groups = self.slots // self.table.shape[1]
             return [torch.cat([prompt[groups], own[:, :, :self.visible]], 2) for prompt, own in zip(self.prompt_cache[layer], self.cache[layer])]
         return self, layer
@@ -849,7 +851,7 @@ class Decoder:
         """Run the model on every row's last token, and draw the next."""
         config = self.model.config.get_text_config()
         usual = config._attn_implementation
-        config._attn_implementation = usual if self.latent else "spct_decode"
+        config._attn_implementation = usual if self.whole else "spct_decode"
         try:
             self.draw(self.forward(self.token, self.position, self.width + self.column))
         finally:
@@ -970,9 +972,14 @@ def telling(load):
             if ends is None:
                 raise ModelError(f"{name}: neither its tokenizer nor generation_config.json names an end token (eos_token): no judgement would end")
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0] if isinstance(ends, list) else ends)
+        ids = tokenizer("Scores")["input_ids"]
         with torch.no_grad():
-            if not model(input_ids=torch.tensor([tokenizer("Scores")["input_ids"]], device=model.device)).logits.isfinite().all():
+            if not model(input_ids=torch.tensor([ids], device=model.device)).logits.isfinite().all():
                 raise ModelError(f"{name} computes what is not a number; its weights are damaged, or too large for {model.dtype}")
+        try:
+            sample(model, tokenizer, [ids], max_new_tokens=2, progress=False)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ModelError(f"{name}: the sampler does not fit this kind of model ({kind}: {error}); choose another") from None
         return model, tokenizer
     return loaded
 
@@ -1055,23 +1062,25 @@ class LoRA(torch.nn.Module):
 
 
 def add_lora(model, targets: list[str], r: int, alpha: float) -> None:
-    """Wrap every linear layer whose name ends in one of `targets` ("q_proj", ...), but for those that see images, and freeze the rest."""
+    """Wrap every linear layer whose name ends in one of `targets` ("q_proj", ...), but for those that see or hear, and freeze the rest."""
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):
-        if name.split(".")[-1] in targets and "vision" not in name:
+        if name.split(".")[-1] in targets and not re.search("vision|audio", name):
             setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], LoRA(module, r, alpha))
 
 
 def bytes_of_token(config, itemsize: int) -> int:
-    """Bytes of a token's keys and values in all layers. Sliding-window layers keep every token, too. DeepSeek's layers keep latents; to them are
-    added the keys and values that one layer makes of them."""
-    if getattr(config, "kv_lora_rank", None):
+    """Bytes of a token's keys and values in all layers. Sliding-window layers keep every token, too, and Gemma 4's last ones have none of their own.
+    DeepSeek's keep latents; to them are added the keys and values that one layer makes of them."""
+    if hasattr(config, "kv_lora_rank"):
         latent, key = config.kv_lora_rank + config.qk_rope_head_dim, config.qk_nope_head_dim + config.qk_rope_head_dim
         made = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim + key)
         return ((config.num_hidden_layers + 1) * latent + made) * itemsize
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * head_dim * itemsize
+    numbers = 0
+    for layer in config.per_layer_config[:config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)]:
+        heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
+        numbers += 2 * heads * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
+    return numbers * itemsize
 
 
 def free_memory(device: torch.device) -> int:
@@ -1383,7 +1392,7 @@ def taken_over(path: Path, whole: int, chunk: int) -> list[Trajectory]:
 
 # What matters in training alone, not for what was sampled or measured before it.
 OF_TRAINING = {"lr", "epochs", "warmup", "train_batch", "lora_r", "instruct_data", "instruct_share", "steps", "prompts", "group_size",
-               "epochs_per_rollout", "beta", "clip_eps", "flip_reward", "eval_every", "watch", "with_ties"}
+               "epochs_per_rollout", "beta", "clip_eps", "flip_reward", "eval_every", "watch", "with_ties", "base"}
 
 
 def read_own(path: Path) -> dict | list:
@@ -1498,6 +1507,8 @@ def save_model(model, tokenizer, folder: Path, base: str) -> None:
         r, scaling = next((module.lora_A.out_features, module.scaling) for module in adapters.values())
         config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": r, "lora_alpha": scaling * r,
                   "target_modules": sorted({name.split(".")[-1] for name in adapters})}
+        if any(re.search("vision|audio", name) for name, _ in model.named_modules()):
+            config["exclude_modules"] = ".*(vision|audio).*"  # or peft would look for those names there, too
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
         save_file({f"base_model.model.{name}.{part}.weight": getattr(module, part).weight.detach().cpu().contiguous()
                    for name, module in adapters.items() for part in ("lora_A", "lora_B")}, folder / "adapter_model.safetensors")

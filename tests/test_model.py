@@ -89,11 +89,11 @@ def test_a_fresh_lora_changes_nothing_and_trains_alone():
     assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
 
 
-def test_adapters_leave_out_what_sees_images():
+def test_adapters_leave_out_what_sees_or_hears():
     def part():
         return torch.nn.ModuleDict({"q_proj": torch.nn.Linear(2, 2), "other": torch.nn.Linear(2, 2)})
 
-    model = torch.nn.ModuleDict({"vision_tower": part(), "language_model": part()})
+    model = torch.nn.ModuleDict({"vision_tower": part(), "audio_tower": part(), "language_model": part()})
     grm.add_lora(model, ["q_proj"], r=1, alpha=2)
     assert [name for name, module in model.named_modules() if isinstance(module, grm.LoRA)] == ["language_model.q_proj"]
 

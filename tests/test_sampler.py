@@ -2,7 +2,8 @@
 import pytest
 import torch
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
-from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, MistralForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, Gemma4ForCausalLM, Gemma4TextConfig
+from transformers import GPTNeoConfig, GPTNeoForCausalLM, MistralConfig, MistralForCausalLM
 
 from conftest import JUDGE, gemma_270m, load_script
 
@@ -26,8 +27,10 @@ def random_gemma(version, seed=0, eos_token_id=None):
     shape = dict(vocab_size=61, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
                  head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"] * 2, eos_token_id=eos_token_id, pad_token_id=0,
                  bos_token_id=None, initializer_range=0.3)
-    model = Gemma2ForCausalLM(Gemma2Config(**shape)) if version == 2 else Gemma3ForCausalLM(Gemma3TextConfig(**shape))
-    return model.eval()
+    if version == 4:  # its last layers look at the keys and values of earlier ones, and full attention has heads of another size
+        shape |= dict(global_head_dim=16, num_kv_shared_layers=2, hidden_size_per_layer_input=8, vocab_size_per_layer_input=61, initializer_range=0.6)
+    config, kind = {2: (Gemma2Config, Gemma2ForCausalLM), 3: (Gemma3TextConfig, Gemma3ForCausalLM), 4: (Gemma4TextConfig, Gemma4ForCausalLM)}[version]
+    return kind(config(**shape)).eval()
 
 
 def random_prompts(lengths, seed=1):
@@ -47,7 +50,7 @@ def generate(model, prompts, pad_id, stop_ids, max_new_tokens):
     return rows
 
 
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", [2, 3, 4])
 @pytest.mark.parametrize("batch_size", [None, 5])
 def test_greedy_equals_generate_past_the_sliding_window(version, batch_size):
     model, prompts = random_gemma(version), random_prompts([3, 30, 11, 17, 30, 8, 1])
@@ -85,6 +88,15 @@ def test_greedy_equals_generate_where_the_cache_holds_latents(version):
     drawn = grm.sample(model, Letters(), prompts, n=2, temperature=0, max_new_tokens=40, batch_size=7, progress=False)
     assert [[s.ids for s in samples] for samples in drawn] == [[ids, ids] for ids in expected]
     assert len({tuple(ids) for ids in expected}) == len(set(map(tuple, prompts)))
+
+
+def test_greedy_equals_generate_where_the_attention_is_a_models_own():
+    torch.manual_seed(0)
+    model = GPTNeoForCausalLM(GPTNeoConfig(vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global"], 2]],
+                                           eos_token_id=None, pad_token_id=0, bos_token_id=None, initializer_range=0.3)).eval()
+    prompts = random_prompts([3, 30, 11])
+    drawn = grm.sample(model, Letters(), prompts, n=2, temperature=0, max_new_tokens=30, progress=False)
+    assert [[s.ids for s in samples] for samples in drawn] == [[ids, ids] for ids in generate(model, prompts, 0, [], 30)]
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -342,6 +354,14 @@ def test_rows_that_fit_counts_cache_and_logits(monkeypatch):
     assert grm.rows_that_fit(model, 100) == 10
     monkeypatch.setattr(grm.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 5}))
     assert grm.rows_that_fit(model, 100) == 1
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_bytes_of_a_token_are_those_in_the_cache(version):
+    model = random_gemma(version)
+    decoder = grm.Decoder(model, [(5, 6, 7)], [0, 0], 0.0, 10, [], 0, torch.Generator())
+    held = sum(part.nbytes for layer in decoder.cache.values() for part in layer)
+    assert grm.bytes_of_token(model.config, 4) == held / 2 / 10
 
 
 def test_a_token_of_latents_counts_them_and_what_one_layer_makes_of_them():

@@ -9,7 +9,7 @@ import torch
 from conftest import JUDGE, cut_and_resume, gemma_270m, load_script, refusal, run
 from test_data import OURS, PAIR, TALK, mutate, write
 from test_sampler import random_gemma
-from transformers import CohereForCausalLM, GraniteForCausalLM
+from transformers import CohereForCausalLM, Gemma4Config, Gemma4ForConditionalGeneration, GraniteForCausalLM
 
 rft = load_script("02_rejective_ft")
 EVAL, TRAIN = JUDGE.parent / "eval.jsonl", JUDGE.parent / "train.jsonl"
@@ -130,7 +130,7 @@ def test_learning_rate_rises_and_falls():
     assert all(math.isfinite(rft.learning_rate(0, 1, 1.0, warmup)) for warmup in (0, 1))
 
 
-@pytest.mark.parametrize("version", [2, 3])  # Gemma 2 caps its logits
+@pytest.mark.parametrize("version", [2, 3, 4])  # Gemma 2 caps its logits
 def test_log_probs_in_chunks_equal_the_plain_ones_and_so_do_gradients(version, monkeypatch):
     monkeypatch.setattr(rft, "LOGITS_AT_ONCE", 61 * 5)
     model = random_gemma(version)
@@ -148,7 +148,7 @@ def test_log_probs_in_chunks_equal_the_plain_ones_and_so_do_gradients(version, m
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", [2, 3, 4])
 def test_the_loss_is_on_completions_alone_and_padding_changes_nothing(version):
     model = random_gemma(version)
     examples = [([5, 6, 7], [8, 9]), ([10] * 20, [11, 12, 13]), ([4], [14])]
@@ -236,6 +236,38 @@ def test_adapters_load_in_peft_and_in_step_one(tmp_path):
         ours = load_script("01_pointwise_grm").load_model(tmp_path / "model")[0](ids).logits
     torch.testing.assert_close(theirs, expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(ours, expected) and (expected - bare).abs().max() > 0.1
+
+
+def write_gemma_4(folder):
+    """A small random Gemma 4 that sees and hears, with the embedded judge's tokenizer."""
+    tokenizer, layers = rft.load_model(JUDGE)[1], ["sliding_attention", "full_attention"] * 2
+    text = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                head_dim=8, global_head_dim=16, sliding_window=8, layer_types=layers, num_kv_shared_layers=2, hidden_size_per_layer_input=8,
+                vocab_size_per_layer_input=len(tokenizer), eos_token_id=tokenizer.eos_token_id, initializer_range=0.3)
+    torch.manual_seed(0)
+    Gemma4ForConditionalGeneration(Gemma4Config(
+        text_config=text, vision_config=dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2),
+        audio_config=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def test_adapters_of_a_gemma_that_sees_and_hears_are_on_its_text_alone_in_peft_too(tmp_path):
+    peft = pytest.importorskip("peft")
+    tokenizer = write_gemma_4(tmp_path / "base")
+    model, _ = rft.load_model(tmp_path / "base")
+    rft.set_trainable(model, options(lora_r=4))
+    ids = torch.tensor([tokenizer("Take rope, map.")["input_ids"]])
+    rft.completion_loss(model, [([5, 6], [7, 8, 9])]).backward()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            assert not p.requires_grad or p.grad is not None and "language_model" in name
+            p += 0.1 * torch.randn(p.shape) if "lora_B" in name else 0
+        rft.put(tmp_path / "model", lambda aside: rft.save_model(model, tokenizer, aside, str(tmp_path / "base")))
+        ours, expected, bare = rft.load_model(tmp_path / "model")[0](ids).logits, model(ids).logits, rft.load_model(tmp_path / "base")[0](ids).logits
+        theirs = peft.PeftModel.from_pretrained(rft.load_model(tmp_path / "base")[0], tmp_path / "model")(ids).logits
+    assert torch.equal(ours, expected) and (expected - bare).abs().max() > 0.1
+    torch.testing.assert_close(theirs, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_run_is_never_written_over(tmp_path):

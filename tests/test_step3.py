@@ -83,7 +83,7 @@ def test_roll_out_shuffles_per_prompt_and_rewards_by_the_truth():
     assert [[one.reward for one in group] for group in flipped] == [[-one.reward for one in group] for group in groups]
 
 
-@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("version", [2, 3, 4])
 def test_reading_the_prompt_once_gives_the_same_log_probs(version):
     model = random_gemma(version)  # with a sliding window of 8
     groups = [([5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [[20, 21, 22], [23], [24] * 12]), ([30, 31], [[32, 33], [34]]), ([40] * 20, [[41, 42]])]

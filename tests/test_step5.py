@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import JUDGE, cut_and_resume, load_script, refusal, run
 from PIL import Image
+from test_step2 import write_gemma_4
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 meta = load_script("05_metarm")
@@ -296,6 +297,15 @@ def test_the_meta_rm_is_made_of_what_training_began_with(tmp_path):
         assert meta.origin(str(tmp_path / "03/model")) == str(tmp_path / "02/model")
     (tmp_path / "02/settings.json").write_text(json.dumps({"model": str(tmp_path / "03/model")}))  # each made of the other
     assert meta.origin(str(tmp_path / "03/model")) in (str(tmp_path / "02/model"), str(tmp_path / "03/model"))
+
+
+def test_a_base_of_which_no_meta_rm_can_be_made_is_named_and_another_may_take_its_place(tmp_path):
+    write_gemma_4(tmp_path / "base")
+    with pytest.raises(meta.ModelError, match="no sequence classification for gemma4 models; name another --base, with --resume"):
+        meta.meta_model(str(tmp_path / "base"), OPTIONS)
+    meta.open_run(tmp_path, {"base": "gemma4", "limit": 5}, False)
+    meta.open_run(tmp_path, {"base": "gemma3", "limit": 5}, True)  # what was sampled does not depend on it
+    assert json.loads((tmp_path / "settings.json").read_text()) == {"base": "gemma3", "limit": 5}
 
 
 def test_trajectories_of_other_data_are_not_learnt_from(tmp_path, monkeypatch, capsys):
