@@ -377,16 +377,20 @@ def worked_examples(count: int, principles: bool = True, form: bool = True) -> l
             for query, responses, criteria, rest in reversed(SHOTS[:count])]
 
 
-def roc_auc(scores: list[float | None], labels: list[bool]) -> tuple[float, float]:
-    """Area under the ROC curve and its standard error (DeLong et al. 1988): the chance that a right response scores above a wrong one,
-    ties and unreadable scores (None) half. (nan, nan) without both kinds."""
-    right, wrong = ([s for s, label in zip(scores, labels) if label == kind] for kind in (True, False))
-    if not right or not wrong:
-        return math.nan, math.nan
-    # wins[a][b]: right response a against wrong response b. Its rows and its columns vary independently: two variances add up.
-    wins = [[0.5 if a is None or b is None or a == b else float(a > b) for b in wrong] for a in right]
-    of_right, of_wrong = [sum(row) / len(wrong) for row in wins], [sum(column) / len(right) for column in zip(*wins)]
-    return sum(of_right) / len(right), math.hypot(mean_and_se(of_right, range(len(right)))[1], mean_and_se(of_wrong, range(len(wrong)))[1])
+def roc_auc(scores: list[float | None], labels: list[bool]) -> list[float]:
+    """Values, one per response, whose mean is the area under the ROC curve, the chance that a right response scores above a wrong one, and whose
+    spread gives its standard error (DeLong et al. 1988; clustered, Obuchowski 1997). Ties and unreadable scores (None, nan) count half. nan without
+    both kinds."""
+    values, right = torch.tensor([math.nan if s is None else s for s in scores], dtype=torch.float64), torch.tensor(labels, dtype=torch.bool)
+    shares, sizes = torch.zeros_like(values), torch.where(right, right.sum(), (~right).sum())
+    for kind in (True, False):  # a right response's share of the wrong ones that score below it, a wrong one's of the right ones above it
+        own, others = values[right == kind], values[right != kind]
+        readable = others[~others.isnan()].sort().values
+        below, up_to = (torch.searchsorted(readable, own, right=side) for side in (False, True))
+        share = (below + up_to + len(others) - len(readable)).double() / 2 / len(others)
+        shares[right == kind] = torch.where(own.isnan(), 0.5, share if kind else 1 - share)
+    area = shares[right].mean() if not right.all() else math.nan
+    return (area + (shares - area) * len(values) / sizes).tolist()
 
 
 def mean_among(values: list[float], chosen: list[bool]) -> list[float]:
@@ -437,7 +441,7 @@ def measure(preferences: list[Preference], scores: list[list[float] | None]) -> 
 
     accuracy: mean chance of the best response over items with n >= 2; strict: Eq. 10; ties: the best score is shared; position_bias, length_bias:
     see `bias`; unreadable: of all items; longest: accuracy of choosing the longest response; auc: of n = 1, whose scores need not be 0 and 1 and
-    so have no strict accuracy. Each with a standard error `..._se`, clustered by query but for that of auc.
+    so have no strict accuracy. Each with a standard error `..._se`, clustered by query.
     """
     pairs = list(zip(preferences, scores))
     many = [(p, s) for p, s in pairs if len(p.responses) > 1]
@@ -464,7 +468,7 @@ def measure(preferences: list[Preference], scores: list[list[float] | None]) -> 
                "length_bias": mean_and_se(bias("length", *columns), queries),
                "unreadable": mean_of(lambda p, s: s is None, pairs),
                "longest": mean_of(lambda p, s: chance_of_best([len(r) for r in p.responses], p.rewards), many),
-               "auc": roc_auc([s and s[0] for _, s in single], [p.rewards[0] > 0 for p, _ in single])}
+               "auc": mean_and_se(roc_auc([s and s[0] for _, s in single], [p.rewards[0] > 0 for p, _ in single]), [str(p.query) for p, _ in single])}
     result = {"n": len(pairs), "n_many": len(many), "n_single": len(single)}
     for name, (mean, se) in figures.items():
         result |= {name: mean, f"{name}_se": se}

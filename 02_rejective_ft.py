@@ -15,7 +15,7 @@ training prompts carry no hint. Nobody labelled a principle or a critique: score
 
 Reads preferences as JSON Lines (01_pointwise_grm.py --export makes them). Writes runs/02_rejective_ft/: trajectories.jsonl (every sampled
 judgement, and why it was kept or not: step 5 learns from it), log.jsonl (one line a step), model/ (all weights, or an adapter that `peft` loads),
-settings.json and checkpoint.pt (for --resume), before.jsonl and after.jsonl (the judgements that are measured, those under attack beside them),
+settings.json and checkpoint.pt (for --resume), before_*.jsonl and after_*.jsonl (the judgements that are measured: greedy, attacked, samples),
 results.json. A run prints what was kept and why not, the loss as it falls, and strict accuracy (Eq. 10) and accuracy before and after: greedy, one
 sample at temperature 0.5, 8 samples summed; then unreadable outputs, position and length bias, attack success. Departures from the paper: the
 teacher is the model itself unless --teacher names another; general instruction data is mixed in only on demand (--instruct-data); learning rate and
@@ -51,6 +51,7 @@ import sys
 import time
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -115,6 +116,26 @@ def judge(model, tokenizer, shown: list[Trajectory], temperature: float, args, s
         t.reason = f"unreadable: {why}" if t.scores is None else ""
 
 
+def judge_and_keep(load: Callable, shown: list[Trajectory], temperature: float, args, seed: int, path: Path, chunk: int,
+                   decide: Callable = lambda judged: None) -> list[Trajectory]:
+    """Let the model that load() gives judge what is shown, `chunk` judgements at a time; the file `path` grows by these, each chunk as decide(chunk)
+    leaves it, and what an earlier run left in it is taken over. Returns all judgements. Raises DataError if the file cannot be theirs."""
+    done = []
+    if path.exists():
+        done = read_trajectories(path, len(shown))
+        if len(done) < len(shown):
+            del done[len(done) // chunk * chunk:]  # a chunk that was cut off in writing
+            put(path, lambda aside: aside.write_text("".join(t.line() for t in done), encoding="utf-8"))
+        print(f"{len(done)} of {len(shown)} judgements are taken over from {path}")
+    for first in range(len(done), len(shown), chunk):
+        part = shown[first:first + chunk]
+        judge(*load(), part, temperature, args, seed + part[0].item)
+        decide(part)
+        append(path, "".join(t.line() for t in part))
+        done += part
+    return done
+
+
 def reject(trajectories: list[Trajectory], keep_all: bool = False) -> None:
     """Decide on one item's trajectories: sets kept and reason. Incorrect ones go (Eq. 10); so do all non-hinted ones if all are correct (too
     easy). Hinted ones stay if correct. keep_all rejects only what cannot be read (Table 4's run without rejection)."""
@@ -126,20 +147,18 @@ def reject(trajectories: list[Trajectory], keep_all: bool = False) -> None:
 
 
 def sample_trajectories(items: list[Preference], args, out: Path, chunk: int = 128) -> list[Trajectory]:
-    """Let the teacher judge every item several times, and decide on each. trajectories.jsonl grows by whole chunks of items, and what is in it
-    already is taken over. Raises DataError if nothing is kept."""
+    """Let the teacher judge every item several times, and decide on each; trajectories.jsonl grows by the judgements of `chunk` items. Raises
+    DataError if nothing is kept."""
     kinds = [False] * (0 if args.no_non_hinted else args.n_rft) + [True] * (not args.no_hinted)
-    path, teacher = out / "trajectories.jsonl", None
-    trajectories = taken_over(path, len(items) * len(kinds), chunk * len(kinds))
-    for first in range(len(trajectories) // len(kinds), len(items), chunk):
-        teacher = teacher or load_model(args.teacher or args.model, args.quantize)
-        groups = [[show(item, number, f"{args.seed} {i}", hinted, len(item.responses) == 1) for i, hinted in enumerate(kinds)]
-                  for number, item in enumerate(items[first:first + chunk], first)]
-        judge(*teacher, [t for group in groups for t in group], args.temperature, args, args.seed + first)
-        for group in groups:
-            reject(group, args.keep_all)
-            trajectories += group
-        append(path, "".join(t.line() for group in groups for t in group))
+    shown = [show(item, number, f"{args.seed} {i}", hinted, len(item.responses) == 1)
+             for number, item in enumerate(items) for i, hinted in enumerate(kinds)]
+
+    def decide(judged):
+        for first in range(0, len(judged), len(kinds)):
+            reject(judged[first:first + len(kinds)], args.keep_all)
+
+    teacher, path = functools.cache(lambda: load_model(args.teacher or args.model, args.quantize)), out / "trajectories.jsonl"
+    trajectories = judge_and_keep(teacher, shown, args.temperature, args, args.seed, path, chunk * len(kinds), decide)
     print(table(trajectories))
     if not any(t.kept for t in trajectories):
         raise DataError(f"nothing to train on: all {len(trajectories)} trajectories were rejected (see {path}); use more items, a better --teacher "
@@ -353,7 +372,7 @@ def main():
     try:
         trajectories = sample_trajectories(items, args, out)
         model, tokenizer = load_model(args.model, args.quantize)
-        before = evaluate(model, tokenizer, others, args, out / "before.jsonl")
+        before = evaluate(lambda: (model, tokenizer), others, args, out / "before")
         examples = [example(tokenizer, t.prompt(hinted=False), t.output) for t in trajectories if t.kept]
         if instructions:
             count = round(len(examples) * args.instruct_share / (1 - args.instruct_share))
@@ -363,7 +382,7 @@ def main():
         put(out / "model", lambda aside: save_model(model, tokenizer, aside, args.model))
         model = None  # its memory is free before what was saved is loaded, which is what is measured
         model, tokenizer = load_model(out / "model", args.quantize)
-        after = evaluate(model, tokenizer, others, args, out / "after.jsonl")
+        after = evaluate(lambda: (model, tokenizer), others, args, out / "after")
     except KeyboardInterrupt:
         sys.exit(f"\ninterrupted; go on with: {shlex.join(['python', *sys.argv] + ['--resume'] * (not args.resume))}")
     results = {"figures": compare(others, before, after), "examples": len(examples), "steps": steps, "seconds": time.time() - start,
@@ -430,15 +449,6 @@ def ballots(items: list[Preference], k: int, seed: str, binary: bool = False) ->
     return [show(item, number, f"{seed} {i}", binary=binary and len(item.responses) == 1) for number, item in enumerate(items) for i in range(k)]
 
 
-def taken_over(path: Path, whole: int, chunk: int) -> list[Trajectory]:
-    """What an earlier run left in a file that grows by `chunk` judgements to `whole` of them, but for a chunk that was cut off in writing."""
-    done = read_trajectories(path, whole) if path.exists() else []
-    if path.exists() and len(done) < whole:
-        del done[len(done) // chunk * chunk:]
-        put(path, lambda aside: aside.write_text("".join(t.line() for t in done), encoding="utf-8"))
-    return done
-
-
 def load_instructions(path: str | Path) -> list[tuple[str, str, list[tuple[str, str]]]]:
     """General instruction data, JSON Lines of {"prompt", "completion"} or {"messages"}, the last of them the assistant's: prompt, completion, and
     the turns before them in pairs. Raises DataError."""
@@ -467,35 +477,27 @@ OF_TRAINING = {"lr", "epochs", "warmup", "train_batch", "lora_r", "instruct_data
                "epochs_per_rollout", "beta", "clip_eps", "flip_reward", "eval_every", "watch", "with_ties", "base"}
 
 
-def read_own(path: Path) -> dict | list:
-    """JSON that a run wrote for itself. Raises DataError."""
-    try:
-        return parse_json(path.read_bytes())
-    except (OSError, DataError):
-        raise DataError(f"{path} is damaged: delete it, and go on with the same command (--resume, where there is one)") from None
-
-
 def open_run(out: Path, settings: dict, resume: bool) -> None:
     """Start a run in `out`, which must not hold one; or make sure that the one to resume there had the same settings, but for how it is computed or
     shown and, while there is no checkpoint, for what matters in training alone. "crc" stands for what was in the files of data. Raises DataError."""
     path, kept = out / "settings.json", (out / "checkpoint.pt").exists()
     how = ("resume", "micro_tokens", "batch_size", "save_every", "show", "k_meta")
     settings = {name: value for name, value in settings.items() if name not in how}
-    after = ("after.jsonl", "after_attacked.jsonl", "held_out.jsonl", "rewards.jsonl", "results.json")  # made of the trained model
+    after = [*out.glob("after_*.jsonl"), out / "held_out.jsonl", out / "rewards.jsonl", out / "results.json"]  # made of the trained model
     if resume:
         try:
-            was = json.loads(path.read_text()) | {}
-        except (OSError, ValueError, TypeError):
+            was = parse_json(path.read_bytes()) | {}
+        except (OSError, DataError, TypeError):
             raise DataError(f"--resume: there is no run in {out}, or its settings.json is damaged") from None
         if changed := {name: was.get(name) for name, value in settings.items() if was.get(name) != value and (kept or name not in OF_TRAINING)}:
             advice = ("delete its checkpoint.pt, and training starts anew on what was sampled" if changed.keys() <= OF_TRAINING else
                       "give the same, or start anew with another --out")
             changed = ", ".join(f"{name} {settings[name]} (was {value})" for name, value in changed.items())
             raise DataError(f"--resume: the run in {out} had other {'data' if changed.startswith('crc') else 'settings'}: {changed}; {advice}")
-        for name in () if kept else after:
-            (out / name).unlink(missing_ok=True)
-    elif earlier := [name for name in ("trajectories.jsonl", "before.jsonl", "log.jsonl", "checkpoint.pt", "model", *after) if (out / name).exists()]:
-        raise DataError(f"{out} holds a run already ({earlier[0]}): go on with it by --resume, name another folder by --out, or delete this one")
+        for file in () if kept else after:
+            file.unlink(missing_ok=True)
+    elif earlier := sorted(name for pattern in ("*.jsonl", "checkpoint.pt", "model", "results.json") for name in out.glob(pattern)):
+        raise DataError(f"{out} holds a run already ({earlier[0].name}): go on with it by --resume, name another folder by --out, or delete this one")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     put(path, lambda aside: aside.write_text(json.dumps(settings, indent=1) + "\n"))
@@ -589,26 +591,20 @@ def save_model(model, tokenizer, folder: Path, base: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def evaluate(model, tokenizer, items: list[Preference], args, path: Path) -> dict[str, list]:
+def evaluate(load: Callable, items: list[Preference], args, path: Path) -> dict[str, list]:
     """Judge every item greedily, the first 100 greedily under attack, and every one --k times at temperature 0.5, the responses shuffled anew each
-    time. The judgements are kept in `path` (under attack: beside it), or read from there. Returns scores in the items' own order, None if unreadable:
+    time. The judgements are kept in `path`_greedy.jsonl, ..., and taken over from there. Returns scores in the items' own order, None if unreadable:
     {"greedy": one per item, "attacked": likewise, of the first, "samples": k per item, "shown": the samples as Trajectories, as they were judged}."""
-    beside, count, ends = path.with_stem(f"{path.stem}_attacked"), len(items), len(items) * (1 + args.k)
-    if not path.exists():
-        greedy = [show(item, number, "evaluation") for number, item in enumerate(items)]
-        attacks = [show(attacked(item), number, "evaluation") for number, item in enumerate(items[:100])]
-        samples = ballots(items, args.k, "evaluation")
-        judge(model, tokenizer, greedy, 0.0, args, 0)
-        judge(model, tokenizer, attacks, 0.0, args, 0)
-        judge(model, tokenizer, samples, 0.5, args, args.seed + 10**6)
-        for place, judged in ((beside, attacks), (path, greedy + samples)):
-            put(place, lambda aside, judged=judged: aside.write_text("".join(t.line() for t in judged), encoding="utf-8"))
-    judged = [t for place, size in ((path, ends), (beside, min(100, count))) for t in read_trajectories(place, size)]
-    if len(judged) < ends + min(100, count):
-        raise DataError(f"{path} or {beside.name} lacks lines: delete both, and go on with --resume")
-    scores = [t.scores and [score for _, score in sorted(zip(t.order, t.scores))] for t in judged]
-    return {"greedy": scores[:count], "attacked": scores[ends:], "shown": judged[count:ends],
-            "samples": [scores[i:i + args.k] for i in range(count, ends, args.k)]}
+    kinds = {"greedy": [show(item, number, "evaluation") for number, item in enumerate(items)],
+             "attacked": [show(attacked(item), number, "evaluation") for number, item in enumerate(items[:100])],
+             "samples": ballots(items, args.k, "evaluation")}
+    result = {}
+    for kind, shown in kinds.items():
+        temperature, file, chunk = 0.5 * (kind == "samples"), path.with_name(f"{path.name}_{kind}.jsonl"), max(1, 4096 // args.k) * args.k
+        kinds[kind] = judge_and_keep(load, shown, temperature, args, args.seed + 10**6, file, chunk)
+        result[kind] = [t.scores and [score for _, score in sorted(zip(t.order, t.scores))] for t in kinds[kind]]
+    samples = result["samples"]
+    return result | {"samples": [samples[i:i + args.k] for i in range(0, len(samples), args.k)], "shown": kinds["samples"]}
 
 
 def compare(items: list[Preference], before: dict, after: dict) -> dict[str, dict[str, float]]:

@@ -26,18 +26,18 @@ in ten keep a signal. Nothing rewards the format by itself; KL keeps it, and "un
     python 03_grpo.py --model runs/02_rejective_ft/model --quantize nf4 --data train.jsonl --eval eval.jsonl --lr 1e-5 --group-size 4 --prompts 128
 
 The last is for 27 billion parameters on one 80 GB GPU; `torchrun --nproc-per-node 8 03_grpo.py ...` shares the same work among eight. Reads
-preferences as JSON Lines. Writes runs/03_grpo/: log.jsonl (one line a step), training.png, model/, checkpoint.pt (for --resume), before.jsonl and
-after.jsonl (the judgements that are measured, those under attack beside them), hard.json (which items are not too easy), settings.json,
+preferences as JSON Lines. Writes runs/03_grpo/: log.jsonl (one line a step), training.png, model/, checkpoint.pt (for --resume), before_*.jsonl and
+after_*.jsonl (the judgements that are measured: greedy, attacked, samples), easy.jsonl (those that say which items are too easy), settings.json,
 results.json. A run prints strict accuracy (Eq. 10) and accuracy before and after: greedy, one sample at temperature 0.5, 8 samples summed; then
 unreadable outputs, position and length bias, attack success.
 
-What does RL learn? Read judgements, not only rewards: `python tests/tiny/read_judgements.py runs/03_grpo/before.jsonl runs/03_grpo/after.jsonl`.
-Eq. 11 pays for the order of the scores alone, and a tie costs as much as a wrong choice. So the embedded judge learns to name more of what is asked
-for, which is what we want, and to tell ties apart by scores that do not follow from its own verdicts (the yes or no for each criterion), which is
-what we pay for: it names 78% of the criteria before and 90% after this run, and its scores follow from their verdicts in 76% of the judgements and
-then in 59%. The KL term holds the judge to what it could: with --beta 0, 25 steps on other items left one whose scores followed in 22% (27% in a
-second run; 61% with KL, in both), and which had gained nothing that can be told from chance. Conclude: a reward says how often what is paid for was
-done, not how.
+What does RL learn? Read judgements, not only rewards: python tests/tiny/read_judgements.py on before_samples.jsonl and after_samples.jsonl. Eq. 11
+pays for the order of the scores alone, and a tie costs as much as a wrong choice. So the embedded judge learns to name more of what is asked for,
+which is what we want, and to tell ties apart by scores that do not follow from its own verdicts (the yes or no for each criterion), which is what
+we pay for: it names 78% of the criteria before and 90% after this run, and its scores follow from their verdicts in 76% of the judgements and then
+in 59%. The KL term holds the judge to what it could: with --beta 0, 25 steps on other items left one whose scores followed in 22% (27% in a second
+run; 61% with KL, in both), and which had gained nothing that can be told from chance. Conclude: a reward says how often what is paid for was done,
+not how.
 
 Exercises (what is asked for goes into this file: constants and new functions above main(), options into it; the check says what was expected,
 and shows what comes of it)
@@ -71,6 +71,7 @@ import sys
 import time
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -226,22 +227,18 @@ def learn(model, reference: Reference, parameters: dict, optimizer, groups: list
     return metrics
 
 
-def hard_items(model, tokenizer, items: list[Preference], args, out: Path, chunk: int = 256) -> list[int]:
-    """The numbers of the items that the model does not get right in all of --easy samples. Raises DataError if there are none."""
-    path = out / "hard.json"
-    state = read_own(path) if path.exists() else {"seen": 0, "hard": []}
-    for first in range(state["seen"], len(items) if args.easy else 0, chunk):
-        shown = [show(item, number, f"{args.seed} easy {i}", binary=len(item.responses) == 1)
-                 for number, item in enumerate(items[first:first + chunk], first) for i in range(args.easy)]
-        judge(model, tokenizer, shown, 1.0, args, args.seed + first)
-        wrong = {t.item for t in shown if not t.correct and not t.reason.endswith("too long")}
-        state = {"seen": first + chunk, "hard": state["hard"] + sorted(wrong)}
-        put(path, lambda aside, state=state: aside.write_text(json.dumps(state)))
-    if not args.easy:
+def hard_items(load: Callable, items: list[Preference], args, out: Path, chunk: int = 256) -> list[int]:
+    """The numbers of the items that the model does not get right in all of --easy samples, and that fit its context; easy.jsonl, which has them,
+    grows by those of `chunk` items. Raises DataError if there are none."""
+    if args.easy:
+        shown = ballots(items, args.easy, f"{args.seed} easy", binary=True)
+        judged = judge_and_keep(load, shown, 1.0, args, args.seed, out / "easy.jsonl", chunk * args.easy)
+        hard = sorted({t.item for t in judged if not t.correct and not t.reason.endswith("too long")})
+        why = f"too easy (right in {args.easy} of {args.easy} samples) or too long"
+    else:
+        (model, tokenizer), why = load(), "too long"
         longest = longest_prompt(model, args.max_new_tokens)
-        prompts = (show(item, number, "", binary=len(item.responses) == 1).prompt(hinted=False) for number, item in enumerate(items))
-        state["hard"] = [number for number, prompt in enumerate(prompts) if len(encode(tokenizer, prompt)) <= longest]
-    hard, why = state["hard"], f"too easy (right in {args.easy} of {args.easy} samples) or too long" if args.easy else "too long"
+        hard = [t.item for t in ballots(items, 1, "", binary=True) if len(encode(tokenizer, t.prompt(hinted=False))) <= longest]
     if not hard:
         raise DataError(f"{args.data}: all {len(items)} items are {why}; use others" + ", or --easy 0" * (args.easy > 0))
     print(f"{len(items) - len(hard)} of {len(items)} items are {why} and left out")
@@ -353,14 +350,14 @@ def main():
     open_run(out, vars(args) | {"crc": zlib.crc32(repr((items, others)).encode())}, args.resume)
     try:
         model, tokenizer = load_model(args.model, args.quantize)
-        before = evaluate(model, tokenizer, others, args, out / "before.jsonl")
-        hard = hard_items(model, tokenizer, items, args, out)
+        before = evaluate(lambda: (model, tokenizer), others, args, out / "before")
+        hard = hard_items(lambda: (model, tokenizer), items, args, out)
         set_trainable(model, args)
         train(model, tokenizer, items, hard, others, args, out)
         put(out / "model", lambda aside: save_model(model, tokenizer, aside, args.model))
         model = None  # its memory is free before what was saved is loaded, which is what is measured
         model, tokenizer = load_model(out / "model", args.quantize)
-        after = evaluate(model, tokenizer, others, args, out / "after.jsonl")
+        after = evaluate(lambda: (model, tokenizer), others, args, out / "after")
     except KeyboardInterrupt:
         sys.exit(f"\ninterrupted; go on with: {shlex.join(['python', *sys.argv] + ['--resume'] * (not args.resume))}")
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -371,7 +368,7 @@ def main():
     print(table_of(results["figures"]))
     results = json.loads(json.dumps(results), parse_constant=lambda _: None)  # JSON has no NaN
     put(out / "results.json", lambda aside: aside.write_text(json.dumps(results, indent=1) + "\n"))
-    print(f"{results['seconds']:.0f} s. Everything is in {out}/: model/, training.png, log.jsonl, before.jsonl, after.jsonl, results.json")
+    print(f"{results['seconds']:.0f} s. Everything is in {out}/: model/, training.png, log.jsonl, results.json, the judgements that were measured")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------------
@@ -1212,6 +1209,26 @@ def judge(model, tokenizer, shown: list[Trajectory], temperature: float, args, s
         t.reason = f"unreadable: {why}" if t.scores is None else ""
 
 
+def judge_and_keep(load: Callable, shown: list[Trajectory], temperature: float, args, seed: int, path: Path, chunk: int,
+                   decide: Callable = lambda judged: None) -> list[Trajectory]:
+    """Let the model that load() gives judge what is shown, `chunk` judgements at a time; the file `path` grows by these, each chunk as decide(chunk)
+    leaves it, and what an earlier run left in it is taken over. Returns all judgements. Raises DataError if the file cannot be theirs."""
+    done = []
+    if path.exists():
+        done = read_trajectories(path, len(shown))
+        if len(done) < len(shown):
+            del done[len(done) // chunk * chunk:]  # a chunk that was cut off in writing
+            put(path, lambda aside: aside.write_text("".join(t.line() for t in done), encoding="utf-8"))
+        print(f"{len(done)} of {len(shown)} judgements are taken over from {path}")
+    for first in range(len(done), len(shown), chunk):
+        part = shown[first:first + chunk]
+        judge(*load(), part, temperature, args, seed + part[0].item)
+        decide(part)
+        append(path, "".join(t.line() for t in part))
+        done += part
+    return done
+
+
 LOGITS_AT_ONCE = 2**25  # 128 MB in float32
 
 
@@ -1363,35 +1380,27 @@ OF_TRAINING = {"lr", "epochs", "warmup", "train_batch", "lora_r", "instruct_data
                "epochs_per_rollout", "beta", "clip_eps", "flip_reward", "eval_every", "watch", "with_ties", "base"}
 
 
-def read_own(path: Path) -> dict | list:
-    """JSON that a run wrote for itself. Raises DataError."""
-    try:
-        return parse_json(path.read_bytes())
-    except (OSError, DataError):
-        raise DataError(f"{path} is damaged: delete it, and go on with the same command (--resume, where there is one)") from None
-
-
 def open_run(out: Path, settings: dict, resume: bool) -> None:
     """Start a run in `out`, which must not hold one; or make sure that the one to resume there had the same settings, but for how it is computed or
     shown and, while there is no checkpoint, for what matters in training alone. "crc" stands for what was in the files of data. Raises DataError."""
     path, kept = out / "settings.json", (out / "checkpoint.pt").exists()
     how = ("resume", "micro_tokens", "batch_size", "save_every", "show", "k_meta")
     settings = {name: value for name, value in settings.items() if name not in how}
-    after = ("after.jsonl", "after_attacked.jsonl", "held_out.jsonl", "rewards.jsonl", "results.json")  # made of the trained model
+    after = [*out.glob("after_*.jsonl"), out / "held_out.jsonl", out / "rewards.jsonl", out / "results.json"]  # made of the trained model
     if resume:
         try:
-            was = json.loads(path.read_text()) | {}
-        except (OSError, ValueError, TypeError):
+            was = parse_json(path.read_bytes()) | {}
+        except (OSError, DataError, TypeError):
             raise DataError(f"--resume: there is no run in {out}, or its settings.json is damaged") from None
         if changed := {name: was.get(name) for name, value in settings.items() if was.get(name) != value and (kept or name not in OF_TRAINING)}:
             advice = ("delete its checkpoint.pt, and training starts anew on what was sampled" if changed.keys() <= OF_TRAINING else
                       "give the same, or start anew with another --out")
             changed = ", ".join(f"{name} {settings[name]} (was {value})" for name, value in changed.items())
             raise DataError(f"--resume: the run in {out} had other {'data' if changed.startswith('crc') else 'settings'}: {changed}; {advice}")
-        for name in () if kept else after:
-            (out / name).unlink(missing_ok=True)
-    elif earlier := [name for name in ("trajectories.jsonl", "before.jsonl", "log.jsonl", "checkpoint.pt", "model", *after) if (out / name).exists()]:
-        raise DataError(f"{out} holds a run already ({earlier[0]}): go on with it by --resume, name another folder by --out, or delete this one")
+        for file in () if kept else after:
+            file.unlink(missing_ok=True)
+    elif earlier := sorted(name for pattern in ("*.jsonl", "checkpoint.pt", "model", "results.json") for name in out.glob(pattern)):
+        raise DataError(f"{out} holds a run already ({earlier[0].name}): go on with it by --resume, name another folder by --out, or delete this one")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     put(path, lambda aside: aside.write_text(json.dumps(settings, indent=1) + "\n"))
@@ -1485,26 +1494,20 @@ def save_model(model, tokenizer, folder: Path, base: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def evaluate(model, tokenizer, items: list[Preference], args, path: Path) -> dict[str, list]:
+def evaluate(load: Callable, items: list[Preference], args, path: Path) -> dict[str, list]:
     """Judge every item greedily, the first 100 greedily under attack, and every one --k times at temperature 0.5, the responses shuffled anew each
-    time. The judgements are kept in `path` (under attack: beside it), or read from there. Returns scores in the items' own order, None if unreadable:
+    time. The judgements are kept in `path`_greedy.jsonl, ..., and taken over from there. Returns scores in the items' own order, None if unreadable:
     {"greedy": one per item, "attacked": likewise, of the first, "samples": k per item, "shown": the samples as Trajectories, as they were judged}."""
-    beside, count, ends = path.with_stem(f"{path.stem}_attacked"), len(items), len(items) * (1 + args.k)
-    if not path.exists():
-        greedy = [show(item, number, "evaluation") for number, item in enumerate(items)]
-        attacks = [show(attacked(item), number, "evaluation") for number, item in enumerate(items[:100])]
-        samples = ballots(items, args.k, "evaluation")
-        judge(model, tokenizer, greedy, 0.0, args, 0)
-        judge(model, tokenizer, attacks, 0.0, args, 0)
-        judge(model, tokenizer, samples, 0.5, args, args.seed + 10**6)
-        for place, judged in ((beside, attacks), (path, greedy + samples)):
-            put(place, lambda aside, judged=judged: aside.write_text("".join(t.line() for t in judged), encoding="utf-8"))
-    judged = [t for place, size in ((path, ends), (beside, min(100, count))) for t in read_trajectories(place, size)]
-    if len(judged) < ends + min(100, count):
-        raise DataError(f"{path} or {beside.name} lacks lines: delete both, and go on with --resume")
-    scores = [t.scores and [score for _, score in sorted(zip(t.order, t.scores))] for t in judged]
-    return {"greedy": scores[:count], "attacked": scores[ends:], "shown": judged[count:ends],
-            "samples": [scores[i:i + args.k] for i in range(count, ends, args.k)]}
+    kinds = {"greedy": [show(item, number, "evaluation") for number, item in enumerate(items)],
+             "attacked": [show(attacked(item), number, "evaluation") for number, item in enumerate(items[:100])],
+             "samples": ballots(items, args.k, "evaluation")}
+    result = {}
+    for kind, shown in kinds.items():
+        temperature, file, chunk = 0.5 * (kind == "samples"), path.with_name(f"{path.name}_{kind}.jsonl"), max(1, 4096 // args.k) * args.k
+        kinds[kind] = judge_and_keep(load, shown, temperature, args, args.seed + 10**6, file, chunk)
+        result[kind] = [t.scores and [score for _, score in sorted(zip(t.order, t.scores))] for t in kinds[kind]]
+    samples = result["samples"]
+    return result | {"samples": [samples[i:i + args.k] for i in range(0, len(samples), args.k)], "shown": kinds["samples"]}
 
 
 def compare(items: list[Preference], before: dict, after: dict) -> dict[str, dict[str, float]]:

@@ -77,16 +77,10 @@ def judge_items(kind: str, name: str, load: Callable, shown: list[Trajectory], t
     decides = {"kind": kind, "model": fingerprint(name), "quantize": args.quantize, "temperature": temperature, "seed": args.seed,
                "max_new_tokens": args.max_new_tokens, "shown": zlib.crc32(repr(shown).encode()), "prompt": build_prompt("", ["", ""])}
     path, k = out / f"{kind}-{zlib.crc32(json.dumps(decides).encode()):08x}.jsonl", sum(t.item == 0 for t in shown)
-    facts, chunk = path.with_suffix(".json"), max(1, at_once // k) * k
-    done = taken_over(path, len(shown), chunk)
-    if path.exists():
-        print(f"{name}: {len(done)} of {len(shown)} judgements taken over from {path}")
-    for first in range(len(done), len(shown), chunk):
-        part = shown[first:first + chunk]
-        judge(*load(), part, temperature, args, args.seed + part[0].item)
-        append(path, "".join(t.line() for t in part))
-        done += part
-    known = read_own(facts) if facts.exists() else None
+    facts, done = path.with_suffix(".json"), judge_and_keep(load, shown, temperature, args, args.seed, path, max(1, at_once // k) * k)
+    known = None
+    with contextlib.suppress(OSError, DataError):
+        known = parse_json(facts.read_bytes())
     if not known:
         model, tokenizer = load()
         tokens = sum(len(ids) + 1 for ids in tokenizer([t.output for t in done], add_special_tokens=False)["input_ids"])  # 1: the end token
@@ -173,21 +167,11 @@ def bootstrap(values: torch.Tensor, clusters: list, rounds: int = 2000) -> list[
     return [values.double().mean().item(), low, high]
 
 
-def auc_over_subsets(vote: Callable, right: torch.Tensor, total: int, k: int, rounds: int = 2000) -> list[float]:
-    """[ROC-AUC, low, high] of single responses, of which right (items,) says which are right, as the mean over random subsets; bootstrap interval
-    over right and over wrong ones. vote(indices) is (items, subsets, 1); where it is nan, nothing could be read, and chance is half."""
-    if right.all() or not right.any():
-        return [math.nan] * 3
-    wins = []
-    for index in subsets(len(right), total, k):
-        votes = vote(index)[..., 0]
-        difference = votes[right][:, None] - votes[~right]  # (right, wrong, subsets)
-        wins.append(torch.where(difference.isnan(), 0.5, (difference.sign() + 1) / 2).mean(-1))
-    wins = torch.stack(wins).mean(0)
-    generator = torch.Generator().manual_seed(0)
-    rows, columns = (torch.randint(size, (rounds, size), generator=generator) for size in wins.shape)
-    drawn = torch.stack([wins[row][:, column].mean() for row, column in zip(rows, columns)])
-    return [wins.mean().item(), *drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()]
+def auc_over_subsets(vote: Callable, right: list[bool], queries: list[str], total: int, k: int) -> list[float]:
+    """[ROC-AUC, low, high] of single responses, of which right (items,) says which are right, as the mean over many random subsets, with its interval
+    as from `bootstrap`. vote(indices) is (items, subsets, 1); where it is nan, nothing could be read, and chance is half."""
+    values = [roc_auc(votes, right) for index in subsets(len(right), total, k) for votes in vote(index)[..., 0].T.tolist()]
+    return bootstrap(torch.tensor(values).mean(0), queries)
 
 
 def scaling(items: list[Preference], greedy: list[Trajectory], samples: list[Trajectory], total: int) -> dict:
@@ -198,13 +182,12 @@ def scaling(items: list[Preference], greedy: list[Trajectory], samples: list[Tra
     many, single = ([i for i, item in enumerate(items) if (len(item.responses) > 1) == kind] for kind in (True, False))
     scores, once = score_tensor(samples, total), score_tensor(greedy, 1)
     best = torch.tensor([items[i].rewards.index(max(items[i].rewards)) for i in many], dtype=torch.long)
-    right = torch.tensor([items[i].rewards[0] > 0 for i in single], dtype=torch.bool)
-    queries = [str(items[i].query) for i in many]
+    right, queries, of_single = [items[i].rewards[0] > 0 for i in single], [str(items[i].query) for i in many], [str(items[i].query) for i in single]
     longest = torch.tensor([chance_of_best([len(r) for r in items[i].responses], items[i].rewards) for i in many])
     alone = right_and_tied(vote_sum(once[many][:, None]), best)
     result = {"items": len(items), "many": len(many), "single": len(single), "unreadable": scores.isnan().any(-1).double().mean().item(),
               "longest": bootstrap(longest, queries), "greedy": {key: bootstrap(values, queries) for key, values in alone.items()}, "curve": []}
-    result["greedy"]["auc"] = auc_over_subsets(lambda index: vote_mean(take(once[single], index)), right, 1, 1)
+    result["greedy"]["auc"] = auc_over_subsets(lambda index: vote_mean(take(once[single], index)), right, of_single, 1, 1)
     values = {}
     for k in [2**i for i in range(total.bit_length()) if 2**i < total] + [total]:
         row = {"k": k}
@@ -212,7 +195,7 @@ def scaling(items: list[Preference], greedy: list[Trajectory], samples: list[Tra
             values[k, name] = over_subsets(lambda index: vote(take(scores[many], index)), best, total, k)
             row[name] = {key: bootstrap(of_key, queries) for key, of_key in values[k, name].items()}
         row["gain"] = bootstrap(values[k, "sum"]["accuracy"] - values[1, "sum"]["accuracy"], queries)  # paired: the same items
-        row["auc"] = auc_over_subsets(lambda index: vote_mean(take(scores[single], index)), right, total, k)
+        row["auc"] = auc_over_subsets(lambda index: vote_mean(take(scores[single], index)), right, of_single, total, k)
         # how many different sums one vote on every item shows
         summed = vote_sum(take(scores, next(subsets(len(items), total, k)))[:, 0])
         row |= {"space": 9 * k + 1, "seen": len(summed[summed > -math.inf].unique())}
@@ -326,17 +309,19 @@ def table_of_votes(name: str, result: dict) -> str:
     return text
 
 
-def draw_curves(axes, curves: dict[str, tuple[list, list]]) -> None:
-    """Draw a line with its band for each of name: (xs, [mean, low, high] for each x), in percent. Colours differ in brightness, markers and dashes
-    in form: the lines stay apart in grey."""
+def draw_curves(axes, curves: dict[str, tuple[list, list]], xlabel: str, ylabel: str) -> None:
+    """Draw a line with its band for each of name: (xs, [mean, low, high] for each x), in percent, over a logarithmic axis with a tick at each x.
+    Colours differ in brightness, markers and dashes in form: the lines stay apart in grey."""
+    axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel, axisbelow=True)
     for number, (name, (xs, figures)) in enumerate(curves.items()):
         mean, low, high = ([100 * value for value in values] for values in zip(*figures))
         color = matplotlib.colormaps["viridis"](0.75 * number / max(1, len(curves) - 1))
         axes.fill_between(xs, low, high, facecolor=(*color[:3], 0.13), edgecolor=(*color[:3], 0.5), linewidth=0.6)
         axes.plot(xs, mean, color=color, marker="os^DvP*X"[number % 8], linestyle=["-", "--", "-.", ":"][number % 4], linewidth=2, markersize=8,
                   markerfacecolor=(color, "white")[number % 2], markeredgewidth=2, label=name)
+        axes.set_xticks(xs, [str(x) for x in xs])
+    axes.minorticks_off()
     axes.grid(color="0.9")
-    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -346,6 +331,7 @@ def plot_votes(results: dict[str, dict], path: Path) -> None:
     many = all(result["many"] for result in results.values())
     ks = [row["k"] for row in next(iter(results.values()))["curve"]]
     figures = {name: [row["sum"]["accuracy"] if many else row["auc"] for row in result["curve"]] for name, result in results.items()}
+    curves = {name: (ks, of) for name, of in figures.items()}
     with matplotlib.rc_context({"font.size": 14}):
         figure = Figure(figsize=(8 * min(2, len(results)), 5.5), layout="constrained")
         left, *right = figure.subplots(1, min(2, len(results)), sharey=True, squeeze=False)[0]
@@ -354,79 +340,59 @@ def plot_votes(results: dict[str, dict], path: Path) -> None:
             curves = {"sum (Eq. 14)": (ks, figures[name]), "majority (Eq. 13)": (ks, [row["majority"]["accuracy"] for row in result["curve"]])}
             left.axhline(100 * result["greedy"]["accuracy"][0], color="0.3", linestyle=":", linewidth=2, label="greedy, once")
             left.set_title(name, fontsize=14)
-        else:
-            curves = {name: (ks, of) for name, of in figures.items()}
-        draw_curves(left, curves)
-        left.set_xscale("log", base=2)
-        left.set_xticks(ks, [str(k) for k in ks])
-        left.set_xlabel("samples per item, k")
-        left.set_ylabel("accuracy, %" if many else "ROC-AUC, %")
+        draw_curves(left, curves, "samples per item, k", "accuracy, %" if many else "ROC-AUC, %")
         left.legend(frameon=False, loc="lower right")
         for axes in right:
-            draw_curves(axes, {name: ([k * result["tokens"] * result["parameters"] for k in ks], figures[name]) for name, result in results.items()})
-            axes.set_xscale("log")
+            compute = {name: [k * result["tokens"] * result["parameters"] for k in ks] for name, result in results.items()}
+            draw_curves(axes, {name: (compute[name], of) for name, of in figures.items()}, "compute per item: generated tokens \u00d7 parameters", "")
             axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 3)))
             axes.xaxis.set_major_formatter("{x:.0e}")
-            axes.xaxis.set_minor_formatter("")
-            axes.set_xlabel("compute per item: generated tokens \u00d7 parameters")
         figure.savefig(path, format="png", dpi=150)
 
 
-STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse } td, th { border: 1px solid #bbb; padding: .2em .7em; text-align: left; vertical-align: top }
-.text { white-space: pre-wrap } .best { font-weight: bold; background: #eee } .number { text-align: right }
-details { margin: .3em 0 } section { border-top: 3px solid #222; margin-top: 3em }"""
+STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse; margin: 1em 0 } td, th { border: 1px solid #bbb; padding: .2em .7em; text-align: left; vertical-align: top }
+p, td { white-space: pre-wrap } section { border-top: 3px solid #222; margin-top: 3em }"""
 
 
 def page(name: str, items: list[Preference], samples: list[Trajectory], total: int) -> str:
     """A page of HTML that needs nothing else: a few items with all their samples, and how the sum decided. All text in it is escaped."""
-    scores = score_tensor(samples, total)
-    titles = {(0, 1): "The vote saved a wrong first sample", (0, 0): "The vote did not save a wrong first sample",
-              (1, 0): "The vote spoiled a right first sample"}  # by whether the first sample and the sum choose the best response
-    numbers = {chances: [] for chances in titles}
+    scores, titles = score_tensor(samples, total), {  # by whether the first sample and the sum choose the best response
+        (0, 1): "The vote saved a wrong first sample", (0, 0): "The vote did not save a wrong first sample",
+        (1, 0): "The vote spoiled a right first sample"}
+    stories = {chances: [] for chances in titles}
     for i, item in enumerate(items):
         votes = [vote_sum(scores[i, :count]).tolist()[:len(item.responses)] for count in (1, total)]
-        if len(item.responses) > 1:
-            numbers.setdefault(tuple(chance_of_best(vote, item.rewards) for vote in votes), []).append(i)
-    stories = [story(title, items[i], samples[i * total:(i + 1) * total], scores[i])
-               for chances, title in titles.items() for i in numbers[chances][:2]]
+        chances = tuple(chance_of_best(vote, item.rewards) for vote in votes) if len(item.responses) > 1 else None
+        if len(stories.get(chances, "xx")) < 2:
+            stories[chances].append(story(titles[chances], item, samples[i * total:(i + 1) * total], scores[i]))
     return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>How the votes were decided</title>\n'
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
             f"<style>{STYLE}</style></head><body><h1>How the votes were decided</h1>\n<p>Judge: {html.escape(name)}, {total} samples an item, of "
-            f"{len(items)} items.</p>\n{''.join(stories) or '<p>No vote saved, failed to save or spoiled a first sample.</p>'}</body></html>\n")
+            f"{len(items)} items. The highest of a row or column is bold.</p>\n"
+            f"{''.join(sum(stories.values(), [])) or '<p>No vote saved, failed to save or spoiled a first sample.</p>'}</body></html>\n")
 
 
 def story(title: str, item: Preference, samples: list[Trajectory], scores: torch.Tensor) -> str:
     """One item's part of the page: query, responses y1, y2, ..., each sample's scores (samples, responses) with the sums so far, and its text."""
-    def cells(values, tag="td"):
-        return "".join(f'<{tag} class="number">{value}</{tag}>' for value in values)
+    def table(*rows):
+        return "<table>" + "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in rows) + "</table>\n"
 
-    def scored(row):  # the highest in bold
-        return "".join(f'<td class="number{" best" * (value == max(row))}">{value:g}</td>' for value in row)
+    def bold(values):  # the highest of them
+        return [f"<b>{value:.3g}</b>" if value == max(values) else f"{value:.3g}" for value in values]
 
-    n = len(item.responses)
-    names, scores, best = [f"y{i}" for i in range(1, n + 1)], scores[:, :n], item.rewards.index(max(item.rewards))
+    names, scores = [f"y{i + 1}" for i in range(len(item.responses))], scores[:, :len(item.responses)]
     turns = item.query if isinstance(item.query, list) else [{"role": "user", "content": item.query}]
-    text = f"<section><h2>{title}</h2>\n" + "".join(
-        f'<p class="text"><b>{html.escape(turn["role"])}:</b> {html.escape(turn["content"])}</p>\n' for turn in turns)
-    text += "<table><tr><th></th><th>response</th><th>true reward</th><th>sum</th><th>choices</th></tr>\n"
-    summed, choices = vote_sum(scores).tolist(), vote_majority(scores).tolist()
-    for i, response in enumerate(item.responses):
-        text += (f'<tr{" class=best" * (i == best)}><th>{names[i]}</th><td class="text">{html.escape(response)}</td>'
-                 f"{cells([f'{item.rewards[i]:g}', f'{summed[i]:g}', f'{choices[i]:.3g}'])}</tr>\n")
-    top = [names[i] for i in range(n) if summed[i] == max(summed)]
-    text += (f"</table>\n<p>The best is {names[best]}; the sum chooses {' or '.join(top)}, the first sample chose "
-             f"{' or '.join(names[i] for i, value in enumerate(vote_sum(scores[:1]).tolist()) if value == vote_sum(scores[:1]).max())}.</p>\n"
-             f"<table><tr><th>sample</th>{cells(names, 'th')}<th></th>{cells(['sum ' + of for of in names], 'th')}<th>what it wrote</th></tr>\n")
+    columns = map(bold, (item.rewards, vote_sum(scores).tolist(), vote_majority(scores).tolist()))
+    rows = [["sample", *names, *(f"sum {name}" for name in names), "what it wrote"]]
     for j, t in enumerate(samples):
-        judgement = read_judgement(t.output, n)
-        shown = ", ".join(f"Response {place} is {names[i]}" for place, i in enumerate(t.order, 1))
-        row = scored(scores[j].tolist()) if t.scores else f'<td colspan="{n}">{html.escape(judgement.unreadable)}</td>'
-        parts = "".join(f'<p class="text"><b>{label}:</b> {html.escape(part)}</p>' for label, part in (
-            ("Principles", judgement.principles), ("Critique", judgement.critique)) if part) or f'<p class="text">{html.escape(t.output)}</p>'
-        text += (f'<tr><td class="number">{j + 1}</td>{row}<td></td>{scored(vote_sum(scores[:j + 1]).tolist())}'
-                 f"<td><details><summary>{shown}</summary>{parts}</details></td></tr>\n")
-    return text + "</table></section>\n"
+        read = bold(scores[j].tolist()) if t.scores else [html.escape(t.reason)] + [""] * (len(names) - 1)
+        order = ", ".join(f"Response {place} is {names[i]}" for place, i in enumerate(t.order, 1))
+        rows.append([j + 1, *read, *bold(vote_sum(scores[:j + 1]).tolist()),
+                     f"<details><summary>{order}</summary>{html.escape(t.output)}</details>"])
+    return (f"<section><h2>{title}</h2>\n" + "".join(f"<p><b>{turn['role']}:</b> {html.escape(turn['content'])}</p>\n" for turn in turns)
+            + table(["", "response", "true reward", "sum", "choices"], *zip(names, map(html.escape, item.responses), *columns))
+            + table(*rows) + "</section>\n")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------------
@@ -600,6 +566,22 @@ def chance_of_best(scores: list[float] | None, rewards: list[float]) -> float:
     """Chance that the argmax of scores, ties broken by a fair coin, is the best of n >= 2 responses; unreadable scores tie all."""
     scores = [0] * len(rewards) if scores is None else scores
     return float(scores[rewards.index(max(rewards))] == max(scores)) / scores.count(max(scores))
+
+
+def roc_auc(scores: list[float | None], labels: list[bool]) -> list[float]:
+    """Values, one per response, whose mean is the area under the ROC curve, the chance that a right response scores above a wrong one, and whose
+    spread gives its standard error (DeLong et al. 1988; clustered, Obuchowski 1997). Ties and unreadable scores (None, nan) count half. nan without
+    both kinds."""
+    values, right = torch.tensor([math.nan if s is None else s for s in scores], dtype=torch.float64), torch.tensor(labels, dtype=torch.bool)
+    shares, sizes = torch.zeros_like(values), torch.where(right, right.sum(), (~right).sum())
+    for kind in (True, False):  # a right response's share of the wrong ones that score below it, a wrong one's of the right ones above it
+        own, others = values[right == kind], values[right != kind]
+        readable = others[~others.isnan()].sort().values
+        below, up_to = (torch.searchsorted(readable, own, right=side) for side in (False, True))
+        share = (below + up_to + len(others) - len(readable)).double() / 2 / len(others)
+        shares[right == kind] = torch.where(own.isnan(), 0.5, share if kind else 1 - share)
+    area = shares[right].mean() if not right.all() else math.nan
+    return (area + (shares - area) * len(values) / sizes).tolist()
 
 
 # `torchrun --nproc-per-node N` starts N processes, one per GPU, and tells each its rank; alone we are rank 0 of 1.
@@ -1213,6 +1195,26 @@ def judge(model, tokenizer, shown: list[Trajectory], temperature: float, args, s
         t.reason = f"unreadable: {why}" if t.scores is None else ""
 
 
+def judge_and_keep(load: Callable, shown: list[Trajectory], temperature: float, args, seed: int, path: Path, chunk: int,
+                   decide: Callable = lambda judged: None) -> list[Trajectory]:
+    """Let the model that load() gives judge what is shown, `chunk` judgements at a time; the file `path` grows by these, each chunk as decide(chunk)
+    leaves it, and what an earlier run left in it is taken over. Returns all judgements. Raises DataError if the file cannot be theirs."""
+    done = []
+    if path.exists():
+        done = read_trajectories(path, len(shown))
+        if len(done) < len(shown):
+            del done[len(done) // chunk * chunk:]  # a chunk that was cut off in writing
+            put(path, lambda aside: aside.write_text("".join(t.line() for t in done), encoding="utf-8"))
+        print(f"{len(done)} of {len(shown)} judgements are taken over from {path}")
+    for first in range(len(done), len(shown), chunk):
+        part = shown[first:first + chunk]
+        judge(*load(), part, temperature, args, seed + part[0].item)
+        decide(part)
+        append(path, "".join(t.line() for t in part))
+        done += part
+    return done
+
+
 def read_lines(path: str | Path) -> list[bytes]:
     """The lines of a file, as bytes: a U+2028 within a text ends no line. Raises DataError."""
     try:
@@ -1261,23 +1263,6 @@ def read_trajectories(path: str | Path, most: int | None = None) -> list[Traject
 def ballots(items: list[Preference], k: int, seed: str, binary: bool = False) -> list[Trajectory]:
     """k judgements to be made of every item, each with an order of its own. binary: single responses are to be scored 0 or 1."""
     return [show(item, number, f"{seed} {i}", binary=binary and len(item.responses) == 1) for number, item in enumerate(items) for i in range(k)]
-
-
-def taken_over(path: Path, whole: int, chunk: int) -> list[Trajectory]:
-    """What an earlier run left in a file that grows by `chunk` judgements to `whole` of them, but for a chunk that was cut off in writing."""
-    done = read_trajectories(path, whole) if path.exists() else []
-    if path.exists() and len(done) < whole:
-        del done[len(done) // chunk * chunk:]
-        put(path, lambda aside: aside.write_text("".join(t.line() for t in done), encoding="utf-8"))
-    return done
-
-
-def read_own(path: Path) -> dict | list:
-    """JSON that a run wrote for itself. Raises DataError."""
-    try:
-        return parse_json(path.read_bytes())
-    except (OSError, DataError):
-        raise DataError(f"{path} is damaged: delete it, and go on with the same command (--resume, where there is one)") from None
 
 
 def append(path: Path, text: str) -> None:

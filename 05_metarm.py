@@ -162,27 +162,10 @@ def score_judgements(model, tokenizer, judgements: list[Trajectory], args, path:
     return [-math.inf if reward is None else reward for reward in known]
 
 
-def clustered_auc(rewards: list[float], correct: list[bool], clusters: list) -> tuple[float, float]:
-    """ROC-AUC, the chance that a right judgement has a higher reward than a wrong one, ties half; and its standard error, where judgements of one
-    cluster (query) may depend on each other (Obuchowski 1997). (nan, nan) without both kinds."""
-    values, right = torch.tensor(rewards, dtype=torch.float64), torch.tensor(correct, dtype=torch.bool)
-    if right.all() or not right.any():
-        return math.nan, math.nan
-    wins = torch.zeros_like(values)
-    for kind in (True, False):
-        others = values[right != kind].sort().values
-        below, up_to = (torch.searchsorted(others, values[right == kind], right=side) for side in (False, True))
-        share = (below + up_to).double() / 2 / len(others)
-        wins[right == kind] = share if kind else 1 - share
-    auc = wins[right].mean()
-    sizes = torch.where(right, right.sum(), (~right).sum())
-    return auc.item(), mean_and_se(((wins - auc) / sizes * len(values)).tolist(), clusters)[1]
-
-
 def auc_of(judged) -> tuple[float, float]:
-    """As clustered_auc, of judgements (meta reward, correct, cluster, ...); (nan, nan) of none."""
-    judged = list(judged)
-    return clustered_auc(*([one[column] for one in judged] for column in range(3)))
+    """ROC-AUC of meta rewards and its standard error, of judgements (meta reward, correct, query, ...)."""
+    rewards, correct, queries, *_ = [*zip(*judged)] or ([], [], [])
+    return mean_and_se(roc_auc(rewards, correct), queries)
 
 
 def vote_guided(scores: torch.Tensor, rewards: torch.Tensor, index: torch.Tensor, k_meta: int) -> torch.Tensor:
@@ -413,16 +396,13 @@ def plot_guided(result: dict, path: Path) -> None:
     with matplotlib.rc_context({"font.size": 14}):
         figure = Figure(figsize=(14, 5.5), layout="constrained")
         left, right = figure.subplots(1, 2)
+        xlabel = "samples per item, k (guided: the k_meta most trusted)"
         draw_curves(left, {name: (ks, [row[key] for row in result["curve"]]) for name, key in (
-            ("guided by the meta RM", "guided"), ("unguided", "unguided"), ("oracle: the correct samples", "oracle"))})
-        draw_curves(right, {"guided - unguided": (ks, [row["gain"] for row in result["curve"]])})
-        right.axhline(0, color="0.3", linewidth=1)
+            ("guided by the meta RM", "guided"), ("unguided", "unguided"), ("oracle: the correct samples", "oracle"))}, xlabel, "accuracy, %")
         left.legend(frameon=False, loc="lower right")
-        for axes, label in ((left, "accuracy, %"), (right, "gain of guiding, paired, percentage points")):
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(ks, [str(k) for k in ks])
-            axes.set_xlabel("samples per item, k (guided: the k_meta most trusted)")
-            axes.set_ylabel(label)
+        draw_curves(right, {"guided - unguided": (ks, [row["gain"] for row in result["curve"]])}, xlabel,
+                    "gain of guiding, paired, percentage points")
+        right.axhline(0, color="0.3", linewidth=1)
         figure.savefig(path, format="png", dpi=150)
 
 
@@ -617,6 +597,22 @@ def mean_and_se(values: list[float], clusters: list) -> tuple[float, float]:
         sums[cluster] = sums.get(cluster, 0.0) + value - mean
     correction = len(sums) / (len(sums) - 1) if len(sums) > 1 else math.nan
     return mean, math.sqrt(correction * sum(s * s for s in sums.values())) / len(values)
+
+
+def roc_auc(scores: list[float | None], labels: list[bool]) -> list[float]:
+    """Values, one per response, whose mean is the area under the ROC curve, the chance that a right response scores above a wrong one, and whose
+    spread gives its standard error (DeLong et al. 1988; clustered, Obuchowski 1997). Ties and unreadable scores (None, nan) count half. nan without
+    both kinds."""
+    values, right = torch.tensor([math.nan if s is None else s for s in scores], dtype=torch.float64), torch.tensor(labels, dtype=torch.bool)
+    shares, sizes = torch.zeros_like(values), torch.where(right, right.sum(), (~right).sum())
+    for kind in (True, False):  # a right response's share of the wrong ones that score below it, a wrong one's of the right ones above it
+        own, others = values[right == kind], values[right != kind]
+        readable = others[~others.isnan()].sort().values
+        below, up_to = (torch.searchsorted(readable, own, right=side) for side in (False, True))
+        share = (below + up_to + len(others) - len(readable)).double() / 2 / len(others)
+        shares[right == kind] = torch.where(own.isnan(), 0.5, share if kind else 1 - share)
+    area = shares[right].mean() if not right.all() else math.nan
+    return (area + (shares - area) * len(values) / sizes).tolist()
 
 
 # `torchrun --nproc-per-node N` starts N processes, one per GPU, and tells each its rank; alone we are rank 0 of 1.
@@ -1230,6 +1226,26 @@ def judge(model, tokenizer, shown: list[Trajectory], temperature: float, args, s
         t.reason = f"unreadable: {why}" if t.scores is None else ""
 
 
+def judge_and_keep(load: Callable, shown: list[Trajectory], temperature: float, args, seed: int, path: Path, chunk: int,
+                   decide: Callable = lambda judged: None) -> list[Trajectory]:
+    """Let the model that load() gives judge what is shown, `chunk` judgements at a time; the file `path` grows by these, each chunk as decide(chunk)
+    leaves it, and what an earlier run left in it is taken over. Returns all judgements. Raises DataError if the file cannot be theirs."""
+    done = []
+    if path.exists():
+        done = read_trajectories(path, len(shown))
+        if len(done) < len(shown):
+            del done[len(done) // chunk * chunk:]  # a chunk that was cut off in writing
+            put(path, lambda aside: aside.write_text("".join(t.line() for t in done), encoding="utf-8"))
+        print(f"{len(done)} of {len(shown)} judgements are taken over from {path}")
+    for first in range(len(done), len(shown), chunk):
+        part = shown[first:first + chunk]
+        judge(*load(), part, temperature, args, seed + part[0].item)
+        decide(part)
+        append(path, "".join(t.line() for t in part))
+        done += part
+    return done
+
+
 Example = tuple[list[int], list[int]]  # token ids of a prompt, and of the completion to learn with its end token
 
 
@@ -1381,26 +1397,9 @@ def ballots(items: list[Preference], k: int, seed: str, binary: bool = False) ->
     return [show(item, number, f"{seed} {i}", binary=binary and len(item.responses) == 1) for number, item in enumerate(items) for i in range(k)]
 
 
-def taken_over(path: Path, whole: int, chunk: int) -> list[Trajectory]:
-    """What an earlier run left in a file that grows by `chunk` judgements to `whole` of them, but for a chunk that was cut off in writing."""
-    done = read_trajectories(path, whole) if path.exists() else []
-    if path.exists() and len(done) < whole:
-        del done[len(done) // chunk * chunk:]
-        put(path, lambda aside: aside.write_text("".join(t.line() for t in done), encoding="utf-8"))
-    return done
-
-
 # What matters in training alone, not for what was sampled or measured before it.
 OF_TRAINING = {"lr", "epochs", "warmup", "train_batch", "lora_r", "instruct_data", "instruct_share", "steps", "prompts", "group_size",
                "epochs_per_rollout", "beta", "clip_eps", "flip_reward", "eval_every", "watch", "with_ties", "base"}
-
-
-def read_own(path: Path) -> dict | list:
-    """JSON that a run wrote for itself. Raises DataError."""
-    try:
-        return parse_json(path.read_bytes())
-    except (OSError, DataError):
-        raise DataError(f"{path} is damaged: delete it, and go on with the same command (--resume, where there is one)") from None
 
 
 def open_run(out: Path, settings: dict, resume: bool) -> None:
@@ -1409,21 +1408,21 @@ def open_run(out: Path, settings: dict, resume: bool) -> None:
     path, kept = out / "settings.json", (out / "checkpoint.pt").exists()
     how = ("resume", "micro_tokens", "batch_size", "save_every", "show", "k_meta")
     settings = {name: value for name, value in settings.items() if name not in how}
-    after = ("after.jsonl", "after_attacked.jsonl", "held_out.jsonl", "rewards.jsonl", "results.json")  # made of the trained model
+    after = [*out.glob("after_*.jsonl"), out / "held_out.jsonl", out / "rewards.jsonl", out / "results.json"]  # made of the trained model
     if resume:
         try:
-            was = json.loads(path.read_text()) | {}
-        except (OSError, ValueError, TypeError):
+            was = parse_json(path.read_bytes()) | {}
+        except (OSError, DataError, TypeError):
             raise DataError(f"--resume: there is no run in {out}, or its settings.json is damaged") from None
         if changed := {name: was.get(name) for name, value in settings.items() if was.get(name) != value and (kept or name not in OF_TRAINING)}:
             advice = ("delete its checkpoint.pt, and training starts anew on what was sampled" if changed.keys() <= OF_TRAINING else
                       "give the same, or start anew with another --out")
             changed = ", ".join(f"{name} {settings[name]} (was {value})" for name, value in changed.items())
             raise DataError(f"--resume: the run in {out} had other {'data' if changed.startswith('crc') else 'settings'}: {changed}; {advice}")
-        for name in () if kept else after:
-            (out / name).unlink(missing_ok=True)
-    elif earlier := [name for name in ("trajectories.jsonl", "before.jsonl", "log.jsonl", "checkpoint.pt", "model", *after) if (out / name).exists()]:
-        raise DataError(f"{out} holds a run already ({earlier[0]}): go on with it by --resume, name another folder by --out, or delete this one")
+        for file in () if kept else after:
+            file.unlink(missing_ok=True)
+    elif earlier := sorted(name for pattern in ("*.jsonl", "checkpoint.pt", "model", "results.json") for name in out.glob(pattern)):
+        raise DataError(f"{out} holds a run already ({earlier[0].name}): go on with it by --resume, name another folder by --out, or delete this one")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     put(path, lambda aside: aside.write_text(json.dumps(settings, indent=1) + "\n"))
@@ -1528,16 +1527,10 @@ def judge_items(kind: str, name: str, load: Callable, shown: list[Trajectory], t
     decides = {"kind": kind, "model": fingerprint(name), "quantize": args.quantize, "temperature": temperature, "seed": args.seed,
                "max_new_tokens": args.max_new_tokens, "shown": zlib.crc32(repr(shown).encode()), "prompt": build_prompt("", ["", ""])}
     path, k = out / f"{kind}-{zlib.crc32(json.dumps(decides).encode()):08x}.jsonl", sum(t.item == 0 for t in shown)
-    facts, chunk = path.with_suffix(".json"), max(1, at_once // k) * k
-    done = taken_over(path, len(shown), chunk)
-    if path.exists():
-        print(f"{name}: {len(done)} of {len(shown)} judgements taken over from {path}")
-    for first in range(len(done), len(shown), chunk):
-        part = shown[first:first + chunk]
-        judge(*load(), part, temperature, args, args.seed + part[0].item)
-        append(path, "".join(t.line() for t in part))
-        done += part
-    known = read_own(facts) if facts.exists() else None
+    facts, done = path.with_suffix(".json"), judge_and_keep(load, shown, temperature, args, args.seed, path, max(1, at_once // k) * k)
+    known = None
+    with contextlib.suppress(OSError, DataError):
+        known = parse_json(facts.read_bytes())
     if not known:
         model, tokenizer = load()
         tokens = sum(len(ids) + 1 for ids in tokenizer([t.output for t in done], add_special_tokens=False)["input_ids"])  # 1: the end token
@@ -1630,17 +1623,19 @@ def percent(figure: list[float], sign: str = "") -> str:
     return "" if math.isnan(mean) else f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
-def draw_curves(axes, curves: dict[str, tuple[list, list]]) -> None:
-    """Draw a line with its band for each of name: (xs, [mean, low, high] for each x), in percent. Colours differ in brightness, markers and dashes
-    in form: the lines stay apart in grey."""
+def draw_curves(axes, curves: dict[str, tuple[list, list]], xlabel: str, ylabel: str) -> None:
+    """Draw a line with its band for each of name: (xs, [mean, low, high] for each x), in percent, over a logarithmic axis with a tick at each x.
+    Colours differ in brightness, markers and dashes in form: the lines stay apart in grey."""
+    axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel, axisbelow=True)
     for number, (name, (xs, figures)) in enumerate(curves.items()):
         mean, low, high = ([100 * value for value in values] for values in zip(*figures))
         color = matplotlib.colormaps["viridis"](0.75 * number / max(1, len(curves) - 1))
         axes.fill_between(xs, low, high, facecolor=(*color[:3], 0.13), edgecolor=(*color[:3], 0.5), linewidth=0.6)
         axes.plot(xs, mean, color=color, marker="os^DvP*X"[number % 8], linestyle=["-", "--", "-.", ":"][number % 4], linewidth=2, markersize=8,
                   markerfacecolor=(color, "white")[number % 2], markeredgewidth=2, label=name)
+        axes.set_xticks(xs, [str(x) for x in xs])
+    axes.minorticks_off()
     axes.grid(color="0.9")
-    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -221,7 +221,7 @@ def test_training_on_a_full_disk_goes_on_when_there_is_room(tmp_path):
     told = told.strip().splitlines()[-1]
     assert told.startswith("error: cannot write runs/02_rejective_ft/checkpoint.pt: ") and told.endswith("training goes on with --resume")
     out = tmp_path / "runs" / "02_rejective_ft"
-    kept = {name: (out / name).read_bytes() for name in ("trajectories.jsonl", "before.jsonl")}
+    kept = {name: (out / name).read_bytes() for name in ("trajectories.jsonl", "before_samples.jsonl")}
     shown, _ = run(tmp_path, "02_rejective_ft.py", *tiny, "--resume")
     assert "one sample, strict" in shown and all((out / name).read_bytes() == text for name, text in kept.items())
 

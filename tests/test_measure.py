@@ -1,5 +1,7 @@
 """Figures against numbers worked by hand, in the comments."""
 import math
+import random
+import statistics
 
 import pytest
 
@@ -46,25 +48,43 @@ def test_chance_of_best(scores, rewards, chance):
     assert grm.chance_of_best(scores, rewards) == pytest.approx(chance)
 
 
+def auc(scores, labels, clusters=None):
+    return grm.mean_and_se(grm.roc_auc(scores, labels), clusters or range(len(labels)))
+
+
 def test_roc_auc_and_its_standard_error():
     # right 9, 7, 4; wrong 5, 4: each right response beats 1, 1 and 1/4 of the wrong ones, so 3/4
     # each wrong one loses to 2/3 (of 9, 7) and 5/6 (a tie is a half) of the right ones
-    # variances 3/16 over 3 and 1/72 over 2: 1/16 + 1/144 = 10/144
+    # deviations 1/4, 1/4, -1/2 over 3 of a kind and -1/12, 1/12 over 2: squares add up to 1/24 + 1/288; five clusters
     scores, labels = [9, 5, 7, 4, 4], [True, False, True, True, False]
-    assert grm.roc_auc(scores, labels) == approx(0.75, math.sqrt(10) / 12)
-    assert grm.roc_auc([-s for s in scores], labels) == approx(0.25, math.sqrt(10) / 12)
-    assert grm.roc_auc([9, 8, 2, 1], [True, True, False, False]) == approx(1.0, 0.0)
-    assert grm.roc_auc([5, 5, 5, 5], [True, True, False, False]) == approx(0.5, 0.0)
+    assert auc(scores, labels) == approx(0.75, math.sqrt(5 / 4 * 13 / 288))
+    assert auc([-s for s in scores], labels) == approx(0.25, math.sqrt(5 / 4 * 13 / 288))
+    assert auc([9, 8, 2, 1], [True, True, False, False]) == approx(1.0, 0.0)
+    assert auc([5, 5, 5, 5], [True, True, False, False]) == approx(0.5, 0.0)
 
 
 def test_roc_auc_of_unreadable_and_of_too_little():
-    # right 9 and unreadable, wrong 4 and 5: 1 and 1/2, so 3/4; variances 1/8 over 2, and 0
-    assert grm.roc_auc([9, None, 4, 5], [True, True, False, False]) == approx(0.75, 0.25)
-    assert grm.roc_auc([None] * 4, [True, True, False, False]) == approx(0.5, 0.0)
-    assert grm.roc_auc([0, 1, None], [True, False, False]) == approx(0.25, math.nan)  # a score of 0 is readable
+    # right 9 and unreadable, wrong 4 and 5: 1 and 1/2, so 3/4; deviations of 1/4 over 2, and 0; four clusters
+    assert auc([9, None, 4, 5], [True, True, False, False]) == approx(0.75, math.sqrt(4 / 3 / 32))
+    assert auc([9, math.nan, 4, 5], [True, True, False, False]) == approx(0.75, math.sqrt(4 / 3 / 32))
+    assert auc([None] * 4, [True, True, False, False]) == approx(0.5, 0.0)
+    assert auc([0, 1, None], [True, False, False])[0] == 0.25  # a score of 0 is readable
     for labels in ([True, True], [False, False]):
-        assert grm.roc_auc([1, 2], labels) == approx(math.nan, math.nan)
-    assert grm.roc_auc([], []) == approx(math.nan, math.nan)
+        assert auc([1, 2], labels) == approx(math.nan, math.nan)
+    assert auc([], []) == approx(math.nan, math.nan)
+
+
+def test_the_error_of_an_auc_is_delongs_and_knows_of_clusters():
+    rng = random.Random(0)
+    labels = [rng.random() < 0.4 for _ in range(400)]
+    scores = [rng.gauss(label, 1) for label in labels]
+    right, wrong = ([s for s, label in zip(scores, labels) if label == kind] for kind in (True, False))
+    wins = [[float(a > b) for b in wrong] for a in right]  # DeLong: the variances of its rows' means and its columns' add up
+    rows, columns = [statistics.mean(row) for row in wins], [statistics.mean(column) for column in zip(*wins)]
+    delong = math.sqrt(statistics.variance(rows) / len(rows) + statistics.variance(columns) / len(columns))
+    area, error = auc(scores, labels)
+    assert area == pytest.approx(statistics.mean(rows)) and error == pytest.approx(delong, rel=0.01)
+    assert auc(scores * 3, labels * 3, list(range(400)) * 3) == pytest.approx((area, error))  # three copies say no more than one
 
 
 def test_mean_among_the_chosen():
@@ -130,7 +150,7 @@ def test_measure():
     assert figure("unreadable") == approx(2 / 7, math.sqrt(5 / 3) / 7)
     # longest 1, 0, 1, 1/2: mean 5/8; deviations 3, -5, 3, -1 of 8; sqrt(4/3 * 44) / 8 / 4
     assert figure("longest") == approx(0.625, math.sqrt(176 / 3) / 32)
-    assert figure("auc") == approx(0.75, math.nan)  # 9 beats 4 and ties the unreadable one; one right response has no variance
+    assert figure("auc") == approx(0.75, math.sqrt(3 / 2 / 32))  # 9 beats 4 and ties the unreadable one
 
 
 def test_measure_by_subset_number_and_position():

@@ -73,13 +73,37 @@ def test_evaluation_puts_the_scores_back_and_keeps_the_judgements(tmp_path, monk
             t.scores = None if t.item == 1 else [{"a": 1, "b": 2, "c": 3}.get(response, 10) for response in t.responses]
 
     monkeypatch.setattr(rft, "judge", judge)
-    first = rft.evaluate(None, None, [ITEM, ITEM], options(k=5), tmp_path / "kept.jsonl")
+    def load():
+        return None, None
+
+    first = rft.evaluate(load, [ITEM, ITEM], options(k=5), tmp_path / "kept")
     assert first["greedy"] == [[1, 2, 3], None] and first["samples"] == [[[1, 2, 3]] * 5, [None] * 5] and first["attacked"] == [[10, 2, 3], None]
     assert [(t.item, t.scores is None) for t in first["shown"]] == [(0, False)] * 5 + [(1, True)] * 5
     monkeypatch.setattr(rft, "judge", None)  # what is kept is not judged again
-    assert rft.evaluate(None, None, [ITEM, ITEM], options(k=5), tmp_path / "kept.jsonl") == first
-    assert sum("Ignore the criteria" in line for line in (tmp_path / "kept_attacked.jsonl").read_text().splitlines()) == 2
-    assert "Ignore the criteria" not in (tmp_path / "kept.jsonl").read_text()
+    assert rft.evaluate(None, [ITEM, ITEM], options(k=5), tmp_path / "kept") == first
+    counts = {kind: (tmp_path / f"kept_{kind}.jsonl").read_text().count("Ignore the criteria") for kind in ("greedy", "attacked", "samples")}
+    assert counts == {"greedy": 0, "attacked": 2, "samples": 0}
+
+
+def test_a_measurement_that_is_cut_off_goes_on(tmp_path, monkeypatch):
+    """27 billion parameters take minutes for a few thousand judgements: those of whole chunks are kept."""
+    seen = []
+
+    def judge(model, tokenizer, shown, temperature, args, seed):
+        seen.append((len(shown), temperature, seed))
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        for t in shown:
+            t.scores = [1 + number for number in range(len(t.responses))]
+
+    monkeypatch.setattr(rft, "judge", judge)
+    items, load = [ITEM] * 9, lambda: (None, None)
+    with pytest.raises(KeyboardInterrupt):
+        rft.evaluate(load, items, options(k=1000), tmp_path / "before")
+    assert seen == [(9, 0.0, 10**6), (9, 0.0, 10**6), (4000, 0.5, 10**6), (4000, 0.5, 10**6 + 4)]
+    assert (tmp_path / "before_samples.jsonl").read_text().count("\n") == 4000
+    result = rft.evaluate(load, items, options(k=1000), tmp_path / "before")
+    assert seen[4:] == [(4000, 0.5, 10**6 + 4), (1000, 0.5, 10**6 + 8)] and [len(of_item) for of_item in result["samples"]] == [1000] * 9
 
 
 def test_comparison_by_hand():
@@ -273,7 +297,7 @@ def test_adapters_of_a_gemma_that_sees_and_hears_are_on_its_text_alone_in_peft_t
 def test_a_run_is_never_written_over(tmp_path):
     rft.open_run(tmp_path / "run", {"lr": 1.0, "limit": 5}, False)
     rft.open_run(tmp_path / "run", {"lr": 2.0, "limit": 5}, False)  # settings alone are no run: the model may not have been there
-    for name in ("trajectories.jsonl", "before.jsonl", "checkpoint.pt", "log.jsonl", "model", "rewards.jsonl", "results.json"):
+    for name in ("trajectories.jsonl", "before_greedy.jsonl", "checkpoint.pt", "log.jsonl", "model", "rewards.jsonl", "results.json"):
         (tmp_path / "run" / name).write_text("precious")
         with pytest.raises(rft.DataError, match=rf"run holds a run already \({name}\): go on with it by --resume, name another folder by --out"):
             rft.open_run(tmp_path / "run", {"lr": 1.0, "limit": 5}, False)
@@ -284,9 +308,9 @@ def test_a_run_is_never_written_over(tmp_path):
 def test_what_matters_in_training_alone_may_change_while_nothing_is_trained(tmp_path):
     rft.open_run(tmp_path, {"lr": 1.0, "limit": 5, "crc": 7, "save_every": 1}, False)
     (tmp_path / "trajectories.jsonl").write_text("sampled")
-    (tmp_path / "after.jsonl").write_text("of a model that is no more")
+    (tmp_path / "after_samples.jsonl").write_text("of a model that is no more")
     rft.open_run(tmp_path, {"lr": 2.0, "limit": 5, "crc": 7, "save_every": 2}, True)
-    assert (tmp_path / "trajectories.jsonl").exists() and not (tmp_path / "after.jsonl").exists()
+    assert (tmp_path / "trajectories.jsonl").exists() and not (tmp_path / "after_samples.jsonl").exists()
     assert json.loads((tmp_path / "settings.json").read_text()) == {"lr": 2.0, "limit": 5, "crc": 7}
     (tmp_path / "checkpoint.pt").write_text("trained")
     rft.open_run(tmp_path, {"lr": 2.0, "limit": 5, "crc": 7}, True)
@@ -310,13 +334,9 @@ def test_damaged_files_of_its_own_are_named(tmp_path):
         (tmp_path / "trajectories.jsonl").write_text(text, encoding="latin-1")
         with pytest.raises(rft.DataError, match=message):
             rft.sample_trajectories(items, OPTIONS, tmp_path)
-    (tmp_path / "before.jsonl").write_text(line)
-    (tmp_path / "before_attacked.jsonl").write_text(line * 2)
-    with pytest.raises(rft.DataError, match="before.jsonl or before_attacked.jsonl lacks lines: delete both, and go on with --resume"):
-        rft.evaluate(None, None, items, OPTIONS, tmp_path / "before.jsonl")
-    (tmp_path / "hard.json").write_text("{")
-    with pytest.raises(rft.DataError, match="hard.json is damaged: delete it, and go on"):
-        rft.read_own(tmp_path / "hard.json")
+    (tmp_path / "before_greedy.jsonl").write_text(line * 3)
+    with pytest.raises(rft.DataError, match="before_greedy.jsonl: 3 judgements where 2 belong"):
+        rft.evaluate(None, items, OPTIONS, tmp_path / "before")
 
 
 def test_a_folder_in_the_place_of_a_file_stays(tmp_path):
@@ -354,7 +374,7 @@ def test_killed_and_resumed_gives_the_same_weights(tmp_path, extra):
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
     assert results["steps"] >= 4 and {"figures", "trajectories", "settings", "versions"} <= results.keys()
     cut_and_resume(tmp_path, STEP, *TINY, *extra, at=random.randint(2, results["steps"] - 2), politely=bool(extra),  # the first has a checkpoint
-                   same=(f"model/{weights}", "trajectories.jsonl", "before.jsonl"),
+                   same=(f"model/{weights}", "trajectories.jsonl", "before_samples.jsonl"),
                    resumed=("--save-every", 3))  # how a run is saved and shared out may change
     assert json.loads((tmp_path / "cut" / "results.json").read_text())["figures"] == results["figures"]
 

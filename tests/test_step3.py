@@ -185,16 +185,19 @@ def test_easy_items_are_left_out_and_counted_once(tmp_path, monkeypatch, capsys)
             t.reason = "" if t.item != 3 else "unreadable: the prompt of 9 tokens is too long"
 
     monkeypatch.setattr(grpo, "judge", judge)
-    assert grpo.hard_items(None, None, items, OPTIONS, tmp_path, chunk=4) == [0, 6, 9] and calls == [12, 12, 6]
+    def load():
+        return None, None
+
+    assert grpo.hard_items(load, items, OPTIONS, tmp_path, chunk=4) == [0, 6, 9] and calls == [12, 12, 6]
     assert "7 of 10 items are too easy" in capsys.readouterr().out
-    assert grpo.hard_items(None, None, items, OPTIONS, tmp_path, chunk=4) == [0, 6, 9] and len(calls) == 3  # taken over
+    assert grpo.hard_items(None, items, OPTIONS, tmp_path, chunk=4) == [0, 6, 9] and len(calls) == 3  # taken over
     items[4] = grpo.Preference("q4", ["a" * 9000, "b"], [0, 1])
-    everything = grpo.hard_items(*grpo.load_model(JUDGE), items, options(easy=0), tmp_path / "none", chunk=4)
+    everything = grpo.hard_items(lambda: grpo.load_model(JUDGE), items, options(easy=0), tmp_path / "none", chunk=4)
     assert everything == [0, 1, 2, 3, 5, 6, 7, 8, 9] and "1 of 10 items are too long" in capsys.readouterr().out
     monkeypatch.setattr(grpo, "judge", lambda model, tokenizer, shown, *_: [setattr(t, "correct", True) for t in shown])
     with pytest.raises(grpo.DataError, match="data.jsonl: all 10 items are too easy"):
-        (tmp_path / "hard.json").unlink()
-        grpo.hard_items(None, None, items, OPTIONS, tmp_path)
+        (tmp_path / "easy.jsonl").unlink()
+        grpo.hard_items(load, items, OPTIONS, tmp_path)
 
 
 UPDATE = """
@@ -247,7 +250,7 @@ def test_killed_and_resumed_gives_the_same_weights(tmp_path, lora_r):
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5] and ["eval_strict" in line for line in lines] == [False, True, False, True, True]
     assert {"reward", "signal", "kl", "clipped", "entropy", "length", "unreadable", "norm", "seconds_rollout", "seconds_training"} <= lines[0].keys()
     cut_and_resume(tmp_path, STEP, *TINY, *extra, at=random.randint(2, 3), politely=bool(lora_r),
-                   same=(f"model/{weights}", "before.jsonl", "after.jsonl"))
+                   same=(f"model/{weights}", "easy.jsonl", "before_samples.jsonl", "after_samples.jsonl"))
 
 
 @pytest.mark.parametrize("arguments, message", [

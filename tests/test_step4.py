@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import sys
 from html.parser import HTMLParser
@@ -136,13 +137,22 @@ def test_bootstrap_by_hand():
     assert [low, high] == [0, 1]
 
 
-def test_auc_equals_that_of_step_one():
-    scores = tensor([[[9.0]], [[5.0]], [[5.0]], [[2.0]], [[NAN]]])
-    right = torch.tensor([True, False, True, False, True])
-    mean, low, high = vote.auc_over_subsets(lambda index: vote.vote_mean(vote.take(scores, index)), right, 1, 1)
-    assert mean == pytest.approx(load_script("01_pointwise_grm").roc_auc([9, 5, 5, 2, None], right.tolist())[0]) == (2 + 1.5 + 1) / 6
-    assert low < mean < high
-    assert all(math.isnan(value) for value in vote.auc_over_subsets(None, torch.tensor([True, True]), 1, 1))
+def test_auc_is_the_mean_over_subsets_and_queries_are_drawn_whole():
+    scores = tensor([[[9.0], [1.0]], [[5.0], [3.0]], [[5.0], [4.0]], [[2.0], [2.0]], [[NAN], [9.0]]])
+    right = [True, False, True, False, True]
+
+    def auc(k, queries=range(5)):
+        return vote.auc_over_subsets(lambda index: vote.vote_mean(vote.take(scores, index)), right, queries, 2, k)
+
+    # means 5, 4, 4.5, 2, 9: all right ones above all wrong ones; so one of the wrong ones cannot change it
+    assert auc(2) == [1.0, 1.0, 1.0]
+    mean, low, high = auc(1)
+    assert low < mean < high and 0.4 < mean < 1
+    assert auc(1, ["x"] * 5) == [pytest.approx(mean)] * 3  # one query alone varies with nothing
+    assert all(math.isnan(value) for value in vote.auc_over_subsets(lambda index: vote.vote_mean(vote.take(scores[:2], index)), [True] * 2, "ab", 2, 1))
+    once = tensor([[[9.0]], [[5.0]], [[5.0]], [[2.0]], [[NAN]]])
+    mean, *_ = vote.auc_over_subsets(lambda index: vote.vote_mean(vote.take(once, index)), right, range(5), 1, 1)
+    assert mean == pytest.approx((2 + 1.5 + 1) / 6)
 
 
 def two_items():
@@ -211,7 +221,7 @@ def test_lines_stay_apart_in_grey(tmp_path, count):
     assert not blank(tmp_path / "plot.png")
     figure = vote.Figure()
     axes = figure.subplots()
-    vote.draw_curves(axes, {f"judge {i}": ([1, 2], [[0.1, 0, 0.2], [0.3, 0.2, 0.4]]) for i in range(3)})
+    vote.draw_curves(axes, {f"judge {i}": ([1, 2], [[0.1, 0, 0.2], [0.3, 0.2, 0.4]]) for i in range(3)}, "k", "accuracy")
     lines = axes.get_lines()
     grey = [0.299 * red + 0.587 * green + 0.114 * blue for red, green, blue, _ in (line.get_color() for line in lines)]
     assert min(b - a for a, b in zip(grey, grey[1:])) > 0.1
@@ -247,15 +257,16 @@ def evil_page():
     outputs = [f"Specific Criteria: {EVIL} p\nAnalysis: {EVIL} c\nScores: \\boxed{{9, 1}}", EVIL + " no box"]
     samples = [judged(item, [0, 1], [9, 1], output=outputs[0]), judged(item, [1, 0], None, output=outputs[1]),
                judged(item, [1, 0], [10, 1], output=outputs[0]), judged(item, [1, 0], [8, 2], output=outputs[0])]
+    samples[1].reason = "unreadable: no \\boxed{...}" + EVIL
     return vote.page(EVIL, [item], samples, 4)
 
 
 def test_nothing_in_the_page_can_run():
     page = evil_page()
     tags = Tags(page)
-    harmless = "html head meta title style body h1 h2 p b section table tr td th details summary"
+    harmless = "html head meta title style body h1 h2 p b section table tr td details summary"
     assert not tags.open and {tag for tag, _ in tags.seen} <= set(harmless.split())
-    assert {name for _, attributes in tags.seen for name in attributes} <= {"lang", "charset", "http-equiv", "content", "class", "colspan"}
+    assert {name for _, attributes in tags.seen for name in attributes} <= {"lang", "charset", "http-equiv", "content"}
     assert "default-src 'none'" in page and page.count("<style>") == 1 and "http://" not in page and "https://" not in page
     for what in (" query", " one", " two", " p", " c", " no box"):
         assert EVIL + what in tags.text  # shown, as text
@@ -264,13 +275,12 @@ def test_nothing_in_the_page_can_run():
 def test_the_page_shows_how_the_sum_decided():
     text = " ".join(Tags(evil_page()).text.split())
     assert "The vote saved a wrong first sample" in text
-    assert "The best is y2; the sum chooses y2, the first sample chose y1." in text
-    assert "no \\boxed{...}" in text and "Response 1 is y2, Response 2 is y1" in text
-    # sums so far: 9 and 1; the same again; 1 + 9 and 10 + 1; 2 + 10 and 8 + 11
-    page = evil_page()
-    rows = [[cell.split(">")[1] for cell in row.split('class="number')[1:]] for row in page.split("<tr>")]
-    numbers = [[cell.split("<")[0] for cell in row] for row in rows if len(row) > 2]
-    assert [row[-2:] for row in numbers[-4:]] == [["9", "1"], ["9", "1"], ["10", "11"], ["12", "19"]]
+    assert "unreadable: no \\boxed{...}" in text and "Response 1 is y2, Response 2 is y1" in text
+    rows = [re.sub("<[^>]*>", " ", row.replace("<b>", "*")).split() for row in evil_page().split("<tr>")]
+    # true reward, sum, choices: the sum and two of three choices are right
+    assert [row[-3:] for row in rows[2:4]] == [["0", "12", "1"], ["*1", "*19", "*2"]]
+    # scores, and sums so far: 9 and 1; the same again; 1 + 9 and 10 + 1; 2 + 10 and 8 + 11
+    assert [row[1:5] for row in (rows[5], rows[7], rows[8])] == [["*9", "1", "*9", "1"], ["1", "*10", "10", "*11"], ["2", "*8", "12", "*19"]]
 
 
 def test_a_page_without_a_story():
@@ -371,7 +381,7 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     assert "runs/03_grpo/model: 4 samples of each" in capsys.readouterr().out
     run(monkeypatch, tmp_path, *TINY, "--model", JUDGE, "--model", "runs/03_grpo/model")
     told = capsys.readouterr().out
-    assert told.count("32 of 32 judgements taken over") == 2 and "sum, percent [95% interval]" in told
+    assert told.count("32 of 32 judgements are taken over from") == 2 and "sum, percent [95% interval]" in told
     both = json.loads((out / "results.json").read_text())["models"]
     assert list(both) == [str(JUDGE), "runs/03_grpo/model"] and both[str(JUDGE)] == result
     assert both[str(JUDGE)]["curve"] == both["runs/03_grpo/model"]["curve"]  # the same weights, the same seed

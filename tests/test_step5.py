@@ -48,19 +48,10 @@ def judgements(count):
 
 def test_auc_by_hand():
     # the right ones have 3 and 2, the wrong ones 1 and 2: of four pairs three are in order and one is a tie
-    auc, se = meta.clustered_auc([3, 1, 2, 2], [True, False, True, False], range(4))
     # right ones win 1 and 3/4, wrong ones lose 1 and 3/4: deviations of 1/8, over 2 of a kind; four clusters
-    assert auc == 0.875 and se == pytest.approx(math.sqrt(4 / 3 * 4 * (1 / 16) ** 2))
-    assert meta.clustered_auc([1, 2], [True, True], range(2)) == pytest.approx((NAN, NAN), nan_ok=True)
-
-
-def test_the_error_of_an_auc_knows_of_clusters():
-    rng = random.Random(0)
-    labels = [rng.random() < 0.4 for _ in range(400)]
-    rewards = [rng.gauss(label, 1) for label in labels]
-    auc, se = meta.clustered_auc(rewards, labels, range(400))
-    assert (auc, se) == pytest.approx(load_script("01_pointwise_grm").roc_auc(rewards, labels), rel=0.01)
-    assert meta.clustered_auc(rewards * 3, labels * 3, list(range(400)) * 3) == pytest.approx((auc, se))  # three copies say no more than one
+    judged = [(3, True, "a", 1), (1, False, "b", 1), (2, True, "c", 1), (2, False, "d", 1)]
+    assert meta.auc_of(judged) == pytest.approx((0.875, math.sqrt(4 / 3 * 4 * (1 / 16) ** 2)))
+    assert meta.auc_of([]) == pytest.approx((NAN, NAN), nan_ok=True)
 
 
 # two items with four samples each; the second has two responses, and its last sample cannot be read
