@@ -184,11 +184,10 @@ def scaling(items: list[Preference], greedy: list[Trajectory], samples: list[Tra
     best = torch.tensor([items[i].rewards.index(max(items[i].rewards)) for i in many], dtype=torch.long)
     right, queries, of_single = [items[i].rewards[0] > 0 for i in single], [str(items[i].query) for i in many], [str(items[i].query) for i in single]
     longest = torch.tensor([chance_of_best([len(r) for r in items[i].responses], items[i].rewards) for i in many])
-    alone = right_and_tied(vote_sum(once[many][:, None]), best)
-    result = {"items": len(items), "many": len(many), "single": len(single), "unreadable": scores.isnan().any(-1).double().mean().item(),
-              "longest": bootstrap(longest, queries), "greedy": {key: bootstrap(values, queries) for key, values in alone.items()}, "curve": []}
-    result["greedy"]["auc"] = auc_over_subsets(lambda index: vote_mean(take(once[single], index)), right, of_single, 1, 1)
-    values = {}
+    greedy = {key: bootstrap(values, queries) for key, values in right_and_tied(vote_sum(once[many][:, None]), best).items()}
+    greedy["auc"] = auc_over_subsets(lambda index: vote_mean(take(once[single], index)), right, of_single, 1, 1)
+    result, values = {"items": len(items), "many": len(many), "single": len(single), "unreadable": scores.isnan().any(-1).double().mean().item(),
+                      "longest": bootstrap(longest, queries), "greedy": greedy, "curve": [], "by_subset": {}}, {}
     for k in [2**i for i in range(total.bit_length()) if 2**i < total] + [total]:
         row = {"k": k}
         for name, vote in VOTES.items():
@@ -196,11 +195,8 @@ def scaling(items: list[Preference], greedy: list[Trajectory], samples: list[Tra
             row[name] = {key: bootstrap(of_key, queries) for key, of_key in values[k, name].items()}
         row["gain"] = bootstrap(values[k, "sum"]["accuracy"] - values[1, "sum"]["accuracy"], queries)  # paired: the same items
         row["auc"] = auc_over_subsets(lambda index: vote_mean(take(scores[single], index)), right, of_single, total, k)
-        # how many different sums one vote on every item shows
-        summed = vote_sum(take(scores, next(subsets(len(items), total, k)))[:, 0])
-        row |= {"space": 9 * k + 1, "seen": len(summed[summed > -math.inf].unique())}
-        result["curve"].append(row)
-    result["by_subset"] = {}
+        chosen = take(scores, next(subsets(len(items), total, k)))[:, 0]  # one vote on every item: how many different sums it shows
+        result["curve"].append(row | {"space": 9 * k + 1, "seen": len(chosen.sum(1)[chosen.sum(1).isfinite()].unique())})
     for subset in sorted({items[i].subset for i in many}):
         of = torch.tensor([items[i].subset == subset for i in many])
         ends = [bootstrap(values[k, "sum"]["accuracy"][of], [q for q, keep in zip(queries, of) if keep]) for k in (1, total)]
@@ -285,8 +281,6 @@ def percent(figure: list[float], sign: str = "") -> str:
 
 def table_of_votes(name: str, result: dict) -> str:
     """What a run prints of a model, in the manner of Table 3."""
-    single = result["single"] > 0
-
     def line(title, total="", gain="", others=(), seen="", possible="", tokens="", auc=""):
         shares = "".join(f"{100 * value:9.1f}" if value is not None else f"{'':9}" for value in others or [None] * 4)
         return f"  {title:<9}{total:>19}{gain:>23}{shares}{seen:>8}{possible:>6}{tokens:>8}{auc:>22}".rstrip() + "\n"
@@ -294,9 +288,8 @@ def table_of_votes(name: str, result: dict) -> str:
     text = (f"\n{name}: {result['many']} items with two or more responses, {result['single']} with one; {100 * result['unreadable']:.1f}% of the "
             "samples are unreadable\npercent [95% interval]; accuracy: ties are coin tosses; strict and ties: of the sum; values: which the sum "
             f"took, and could take\n  {'':<9}{'sum':>19}{'gain over k = 1':>23}{'majority':>9}{'mean':>9}{'strict':>9}{'ties':>9}{'values':>14}"
-            f"{'tokens':>8}" + f"{'ROC-AUC of single':>22}" * single + "\n")
-    if result["many"]:
-        text += line("longest", percent(result["longest"]))
+            f"{'tokens':>8}" + f"{'ROC-AUC of single':>22}" * (result["single"] > 0) + "\n")
+    text += line("longest", percent(result["longest"])) * (result["many"] > 0)
     greedy = result["greedy"]
     text += line("greedy", percent(greedy["accuracy"]), others=[None, None, greedy["strict"][0], greedy["ties"][0]] * bool(result["many"]),
                  auc=percent(greedy["auc"]))

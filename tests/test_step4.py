@@ -149,7 +149,8 @@ def test_auc_is_the_mean_over_subsets_and_queries_are_drawn_whole():
     mean, low, high = auc(1)
     assert low < mean < high and 0.4 < mean < 1
     assert auc(1, ["x"] * 5) == [pytest.approx(mean)] * 3  # one query alone varies with nothing
-    assert all(math.isnan(value) for value in vote.auc_over_subsets(lambda index: vote.vote_mean(vote.take(scores[:2], index)), [True] * 2, "ab", 2, 1))
+    of_one_kind = vote.auc_over_subsets(lambda index: vote.vote_mean(vote.take(scores[:2], index)), [True] * 2, "ab", 2, 1)
+    assert all(math.isnan(value) for value in of_one_kind)
     once = tensor([[[9.0]], [[5.0]], [[5.0]], [[2.0]], [[NAN]]])
     mean, *_ = vote.auc_over_subsets(lambda index: vote.vote_mean(vote.take(once, index)), right, range(5), 1, 1)
     assert mean == pytest.approx((2 + 1.5 + 1) / 6)
@@ -186,6 +187,13 @@ def test_scaling_by_hand():
     assert ("k = 4 75.0 [50.0, 100.0] +37.5 [+0.0, +75.0] 25.0 75.0 50.0 50.0 5 37 200 100.0 [100.0, 100.0]" in text
             and "x, 1 items: k = 1 25.0" in text)
     assert all(len(line) <= 150 for line in table.splitlines())
+
+
+def test_no_more_values_are_seen_than_are_possible():
+    items = [vote.Preference(f"q{i}", ["a", "b"], [0, 1]) for i in range(30)]
+    samples = [judged(item, [0, 1], [i % 10 + 1, 10 - i % 10] if i % 3 else None, i) for i, item in enumerate(items)]
+    [row] = vote.scaling(items, samples, samples, 1)["curve"]
+    assert row["seen"] == row["space"] == 10  # what cannot be read has no sum: its 0 is no eleventh value
 
 
 def test_a_total_that_is_no_power_of_two():
