@@ -166,17 +166,6 @@ def sample_trajectories(items: list[Preference], args, out: Path, chunk: int = 1
     return trajectories
 
 
-def table(trajectories: list[Trajectory]) -> str:
-    """How many trajectories were kept, and why the others were not."""
-    text = f"\n  {'trajectories':<12}{'all':>8}{'kept':>8}{'wrong':>8}{'unreadable':>12}{'too easy':>12}\n"
-    for title, hinted in (("not hinted", False), ("hinted", True)):
-        of_kind = [t for t in trajectories if t.hinted == hinted]
-        counts = Counter(t.reason.split(":")[0] for t in of_kind)
-        text += (f"  {title:<12}{len(of_kind):8}{sum(t.kept for t in of_kind):8}{counts['wrong']:8}{counts['unreadable']:12}"
-                 f"{counts['too easy']:12}\n")
-    return text
-
-
 Example = tuple[list[int], list[int]]  # token ids of a prompt, and of the completion to learn with its end token
 
 
@@ -221,36 +210,6 @@ def completion_log_probs(model, examples: list[Example]) -> torch.Tensor:
 def completion_loss(model, examples: list[Example]) -> torch.Tensor:
     """What rejective fine-tuning makes small: the sum of -log p over the completions' tokens."""
     return -completion_log_probs(model, examples).sum()
-
-
-def examples_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
-    """Which of `count` examples a step takes: epoch after epoch, each in its own order. It follows from the step alone: nothing to save."""
-    first, order = step * size, []
-    for epoch in range(first // count, (first + size - 1) // count + 1):
-        numbers = list(range(count))
-        random.Random(f"{seed} {epoch}").shuffle(numbers)
-        order += numbers
-    return order[first % count:first % count + size]
-
-
-def micro_batches(examples: list, tokens: int) -> list[list]:
-    """Split what starts with a prompt and a completion into batches of similar length, of at most `tokens` tokens with padding (or of one)."""
-    def length(one):
-        return len(one[0]) + len(one[1])
-
-    batches = []
-    for one in sorted(examples, key=length, reverse=True):
-        if batches and length(batches[-1][0]) * (len(batches[-1]) + 1) <= tokens:
-            batches[-1].append(one)
-        else:
-            batches.append([one])
-    return batches
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up over the first share `warmup` of the steps, then a cosine down to a tenth of the peak."""
-    rise = max(1, round(warmup * steps))
-    return peak * min((step + 1) / rise, 0.55 + 0.45 * math.cos(math.pi * max(0, step - rise) / max(1, steps - rise)))
 
 
 def train(model, examples: list[Example], loss_of, args, out: Path) -> int:
@@ -395,8 +354,8 @@ def main():
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------------
-# What this step needs beside the method, and later steps carry: reading data, runs that can be stopped and resumed, saving, and measuring before
-# and after.
+# To look up; later steps carry it: reading data, batches and learning rate, runs that can be stopped and resumed, saving, and measuring before and
+# after.
 # ------------------------------------------------------------------------------------------------------------------------------------------
 
 def read_lines(path: str | Path) -> list[bytes]:
@@ -470,6 +429,47 @@ def load_instructions(path: str | Path) -> list[tuple[str, str, list[tuple[str, 
     if not examples:
         raise DataError(f"{path}: no records")
     return examples
+
+
+def table(trajectories: list[Trajectory]) -> str:
+    """How many trajectories were kept, and why the others were not."""
+    text = f"\n  {'trajectories':<12}{'all':>8}{'kept':>8}{'wrong':>8}{'unreadable':>12}{'too easy':>12}\n"
+    for title, hinted in (("not hinted", False), ("hinted", True)):
+        of_kind = [t for t in trajectories if t.hinted == hinted]
+        counts = Counter(t.reason.split(":")[0] for t in of_kind)
+        text += (f"  {title:<12}{len(of_kind):8}{sum(t.kept for t in of_kind):8}{counts['wrong']:8}{counts['unreadable']:12}"
+                 f"{counts['too easy']:12}\n")
+    return text
+
+
+def examples_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
+    """Which of `count` examples a step takes: epoch after epoch, each in its own order. It follows from the step alone: nothing to save."""
+    first, order = step * size, []
+    for epoch in range(first // count, (first + size - 1) // count + 1):
+        numbers = list(range(count))
+        random.Random(f"{seed} {epoch}").shuffle(numbers)
+        order += numbers
+    return order[first % count:first % count + size]
+
+
+def micro_batches(examples: list, tokens: int) -> list[list]:
+    """Split what starts with a prompt and a completion into batches of similar length, of at most `tokens` tokens with padding (or of one)."""
+    def length(one):
+        return len(one[0]) + len(one[1])
+
+    batches = []
+    for one in sorted(examples, key=length, reverse=True):
+        if batches and length(batches[-1][0]) * (len(batches[-1]) + 1) <= tokens:
+            batches[-1].append(one)
+        else:
+            batches.append([one])
+    return batches
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear warm-up over the first share `warmup` of the steps, then a cosine down to a tenth of the peak."""
+    rise = max(1, round(warmup * steps))
+    return peak * min((step + 1) / rise, 0.55 + 0.45 * math.cos(math.pi * max(0, step - rise) / max(1, steps - rise)))
 
 
 # What matters in training alone, not for what was sampled or measured before it.

@@ -1252,36 +1252,6 @@ def token_log_probs(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch
                       for h, t in zip(hidden.split(size), targets.split(size))])
 
 
-def examples_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
-    """Which of `count` examples a step takes: epoch after epoch, each in its own order. It follows from the step alone: nothing to save."""
-    first, order = step * size, []
-    for epoch in range(first // count, (first + size - 1) // count + 1):
-        numbers = list(range(count))
-        random.Random(f"{seed} {epoch}").shuffle(numbers)
-        order += numbers
-    return order[first % count:first % count + size]
-
-
-def micro_batches(examples: list, tokens: int) -> list[list]:
-    """Split what starts with a prompt and a completion into batches of similar length, of at most `tokens` tokens with padding (or of one)."""
-    def length(one):
-        return len(one[0]) + len(one[1])
-
-    batches = []
-    for one in sorted(examples, key=length, reverse=True):
-        if batches and length(batches[-1][0]) * (len(batches[-1]) + 1) <= tokens:
-            batches[-1].append(one)
-        else:
-            batches.append([one])
-    return batches
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up over the first share `warmup` of the steps, then a cosine down to a tenth of the peak."""
-    rise = max(1, round(warmup * steps))
-    return peak * min((step + 1) / rise, 0.55 + 0.45 * math.cos(math.pi * max(0, step - rise) / max(1, steps - rise)))
-
-
 def start_training(model, args):
     """What is to be learnt, by name, and an optimizer for it: AdamW, with its state in 8 bits for a quantized model on CUDA."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -1373,6 +1343,36 @@ def read_trajectories(path: str | Path, most: int | None = None) -> list[Traject
 def ballots(items: list[Preference], k: int, seed: str, binary: bool = False) -> list[Trajectory]:
     """k judgements to be made of every item, each with an order of its own. binary: single responses are to be scored 0 or 1."""
     return [show(item, number, f"{seed} {i}", binary=binary and len(item.responses) == 1) for number, item in enumerate(items) for i in range(k)]
+
+
+def examples_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
+    """Which of `count` examples a step takes: epoch after epoch, each in its own order. It follows from the step alone: nothing to save."""
+    first, order = step * size, []
+    for epoch in range(first // count, (first + size - 1) // count + 1):
+        numbers = list(range(count))
+        random.Random(f"{seed} {epoch}").shuffle(numbers)
+        order += numbers
+    return order[first % count:first % count + size]
+
+
+def micro_batches(examples: list, tokens: int) -> list[list]:
+    """Split what starts with a prompt and a completion into batches of similar length, of at most `tokens` tokens with padding (or of one)."""
+    def length(one):
+        return len(one[0]) + len(one[1])
+
+    batches = []
+    for one in sorted(examples, key=length, reverse=True):
+        if batches and length(batches[-1][0]) * (len(batches[-1]) + 1) <= tokens:
+            batches[-1].append(one)
+        else:
+            batches.append([one])
+    return batches
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear warm-up over the first share `warmup` of the steps, then a cosine down to a tenth of the peak."""
+    rise = max(1, round(warmup * steps))
+    return peak * min((step + 1) / rise, 0.55 + 0.45 * math.cos(math.pi * max(0, step - rise) / max(1, steps - rise)))
 
 
 # What matters in training alone, not for what was sampled or measured before it.

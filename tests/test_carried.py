@@ -43,6 +43,17 @@ def test_new_code_stands_above_one_line_and_the_scripts_import_none_of_each_othe
         assert not {d.name for d in script.new} & {d.name for d in script.carried}
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.path.stem)
+def test_the_method_of_a_step_is_read_in_220_lines(script):
+    """What a student reads: all that stands between the imports and main(), comments, docstrings and empty lines included; main() is seen whole."""
+    body = ast.parse(script.path.read_text(encoding="utf-8")).body
+    imports = max(node.end_lineno for node in body if isinstance(node, (ast.Import, ast.ImportFrom)))
+    [main] = [node for node in body if getattr(node, "name", "") == "main"]
+    assert 100 < main.lineno - imports <= 220 and main.end_lineno - main.lineno < 110
+    ruled = script.path.read_text(encoding="utf-8").split(carry.RULE)[0]
+    assert ruled.count("\ndef main(") == 1  # nothing carried or to be looked up stands above it
+
+
 def test_carry_renews_brings_in_and_takes_out(tmp_path):
     (tmp_path / "01_a.py").write_text(
         "import math\n\n# why A\nA = 1\nB = A + 1\n\n\n@property\ndef used(x: Kind) -> float:\n    return helper(x) + B\n\n\n"
