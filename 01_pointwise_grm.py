@@ -275,7 +275,7 @@ def judge_file(model, tokenizer, items: list[Preference], ask: dict, args, path:
                 file.flush()
     except (KeyboardInterrupt, OSError) as stop:
         stopped = "interrupted" if isinstance(stop, KeyboardInterrupt) else f"cannot write {path}: {stop.strerror}"
-        print(f"\n{stopped}: {len(judged)} of {len(items)} items are judged")
+        print(f"\n{(stopped := f'{stopped}: {len(judged)} of {len(items)} items are judged for {path.name}')}")
     return judged, tokens, stopped
 
 
@@ -350,7 +350,7 @@ def main():
     print(report(figures))
     print(f"{tokens:,} tokens in {seconds:.0f} s. Judgements: {out / 'judgements.jsonl'}, figures: {out / 'results.json'}")
     if stopped:
-        sys.exit(f"error: {stopped}; the figures are of {len(judged)} of {len(items)} items")
+        sys.exit(f"error: {stopped}; its figures are of these")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------------

@@ -200,7 +200,8 @@ def test_step_one_on_a_full_disk_reports_what_it_judged(tmp_path):
     items = [json.loads(line) for line in (JUDGE.parent / "eval.jsonl").read_text().splitlines()[:8]]
     shown, told = run(tmp_path, "01_pointwise_grm.py", "--data", write(tmp_path / "few.jsonl", *items), code=1, largest=4000)
     assert "cannot write runs/01_pointwise_grm/judgements.jsonl: File too large: 8 of 8 items are judged" in shown and "strict" in shown
-    assert told.strip().endswith("error: cannot write runs/01_pointwise_grm/judgements.jsonl: File too large; the figures are of 8 of 8 items")
+    assert told.strip().endswith("error: cannot write runs/01_pointwise_grm/judgements.jsonl: File too large: 8 of 8 items are judged for "
+                                 "judgements.jsonl; its figures are of these")
 
 
 def test_whoever_reads_what_is_printed_may_go_away(tmp_path):

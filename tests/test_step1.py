@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from conftest import JUDGE, gemma_270m, run, start, wait_for_lines
+from conftest import JUDGE, gemma_270m, load_script, run, start, wait_for_lines
 
 sys.path.insert(0, str(JUDGE.parent))
 import read_judgements
@@ -138,9 +138,26 @@ def test_an_interruption_keeps_what_is_judged(tmp_path):
     time.sleep(0.5)  # the first chunk is written; the second is being sampled
     process.send_signal(signal.SIGINT)
     shown, _ = process.communicate(timeout=120)
-    judged = int(re.search(r"interrupted: (\d+) of 1500 items are judged", shown).group(1))
+    judged = int(re.search(r"interrupted: (\d+) of 1500 items are judged for judgements.jsonl", shown).group(1))
     assert 0 < judged < 1500 and len(lines(judgements)) == judged
     assert json.loads((judgements.parent / "results.json").read_text())["n"] == judged
+
+
+def test_an_interrupted_attack_says_how_far_it_came(tmp_path, monkeypatch, capsys):
+    grm, calls = load_script("01_pointwise_grm"), []
+
+    def sample(*arguments, sample=grm.sample, **options):
+        calls.append(len(arguments[2]))
+        if calls[-1] == 4:
+            raise KeyboardInterrupt
+        return sample(*arguments, **options)
+
+    monkeypatch.setattr(grm, "sample", sample)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [STEP, "--limit", "6", "--attack", "4", "--max-new-tokens", "160"])
+    with pytest.raises(SystemExit, match="error: interrupted: 0 of 4 items are judged for attacked.jsonl; its figures are of these"):
+        grm.main()
+    assert "6 items, " in capsys.readouterr().out and calls[-2:] == [6, 4]
 
 
 @pytest.mark.gemma
