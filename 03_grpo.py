@@ -34,8 +34,8 @@ unreadable outputs, position and length bias, attack success.
 What does RL learn? Read judgements, not only rewards: python tests/tiny/read_judgements.py on before_samples.jsonl and after_samples.jsonl. Eq. 11
 pays for the order of the scores alone, and a tie costs as much as a wrong choice. So the embedded judge learns to name more of what is asked for,
 which is what we want, and to tell ties apart by scores that do not follow from its own verdicts (the yes or no for each criterion), which is what
-we pay for: it names 78% of the criteria before and 90% after this run, and its scores follow from their verdicts in 76% of the judgements and then
-in 59%. The KL term holds the judge to what it could: with --beta 0, 25 steps on other items left one whose scores followed in 22% (27% in a second
+we pay for: it names 77% of the criteria before and 89% after this run, and its scores follow from their verdicts in 77% of the judgements and then
+in 58%. The KL term holds the judge to what it could: with --beta 0, 25 steps on other items left one whose scores followed in 22% (27% in a second
 run; 61% with KL, in both), and which had gained nothing that can be told from chance. Conclude: a reward says how often what is paid for was done,
 not how.
 
@@ -751,7 +751,7 @@ class Decoder:
             getattr(model, "no_graphs", False) or getattr(model, "is_loaded_in_8bit", False))
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
         # Attention of its own, or DeepSeek's, which caches latents and makes keys and values of them all in every step: `attend` cannot stand in
-        self.whole = not getattr(model, "_supports_attention_backend", True) or hasattr(model.config.get_text_config(), "kv_lora_rank")
+        self.whole = not getattr(model, "_supports_attention_backend", True) or bool(getattr(model.config.get_text_config(), "kv_lora_rank", 0))
         transformers.AttentionInterface.register("spct_decode", attend)
         # Prefill: each distinct prompt once, a few thousand tokens at a time.
         self.width = max(map(len, prompts))
@@ -1051,12 +1051,12 @@ def add_lora(model, targets: list[str], r: int, alpha: float) -> None:
 def bytes_of_token(config, itemsize: int) -> int:
     """Bytes of a token's keys and values in all layers. Sliding-window layers keep every token, too, and Gemma 4's last ones have none of their own.
     DeepSeek's keep latents; to them are added the keys and values that one layer makes of them."""
-    if hasattr(config, "kv_lora_rank"):
+    if getattr(config, "kv_lora_rank", None):
         latent, key = config.kv_lora_rank + config.qk_rope_head_dim, config.qk_nope_head_dim + config.qk_rope_head_dim
         made = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim + key)
         return ((config.num_hidden_layers + 1) * latent + made) * itemsize
-    numbers = 0
-    for layer in config.per_layer_config[:config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)]:
+    layers, numbers = getattr(config, "per_layer_config", [config] * config.num_hidden_layers), 0
+    for layer in layers[:config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)]:
         heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
         numbers += 2 * heads * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
     return numbers * itemsize

@@ -730,7 +730,7 @@ class Decoder:
             getattr(model, "no_graphs", False) or getattr(model, "is_loaded_in_8bit", False))
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
         # Attention of its own, or DeepSeek's, which caches latents and makes keys and values of them all in every step: `attend` cannot stand in
-        self.whole = not getattr(model, "_supports_attention_backend", True) or hasattr(model.config.get_text_config(), "kv_lora_rank")
+        self.whole = not getattr(model, "_supports_attention_backend", True) or bool(getattr(model.config.get_text_config(), "kv_lora_rank", 0))
         transformers.AttentionInterface.register("spct_decode", attend)
         # Prefill: each distinct prompt once, a few thousand tokens at a time.
         self.width = max(map(len, prompts))
@@ -1030,12 +1030,12 @@ def add_lora(model, targets: list[str], r: int, alpha: float) -> None:
 def bytes_of_token(config, itemsize: int) -> int:
     """Bytes of a token's keys and values in all layers. Sliding-window layers keep every token, too, and Gemma 4's last ones have none of their own.
     DeepSeek's keep latents; to them are added the keys and values that one layer makes of them."""
-    if hasattr(config, "kv_lora_rank"):
+    if getattr(config, "kv_lora_rank", None):
         latent, key = config.kv_lora_rank + config.qk_rope_head_dim, config.qk_nope_head_dim + config.qk_rope_head_dim
         made = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim + key)
         return ((config.num_hidden_layers + 1) * latent + made) * itemsize
-    numbers = 0
-    for layer in config.per_layer_config[:config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)]:
+    layers, numbers = getattr(config, "per_layer_config", [config] * config.num_hidden_layers), 0
+    for layer in layers[:config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)]:
         heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
         numbers += 2 * heads * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
     return numbers * itemsize
