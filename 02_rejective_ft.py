@@ -1323,7 +1323,7 @@ def bytes_of_token(config, itemsize: int) -> int:
         made = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim + key)
         return ((config.num_hidden_layers + 1) * latent + made) * itemsize
     layers, numbers = getattr(config, "per_layer_config", [config] * config.num_hidden_layers), 0
-    for layer in layers[:config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)]:
+    for layer in layers[:config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", 0) or 0)]:
         heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
         numbers += 2 * heads * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
     return numbers * itemsize

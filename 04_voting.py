@@ -169,9 +169,9 @@ def bootstrap(values: torch.Tensor, clusters: list, rounds: int = 2000) -> list[
 
 def auc_over_subsets(vote: Callable, right: list[bool], queries: list[str], total: int, k: int) -> list[float]:
     """[ROC-AUC, low, high] of single responses, of which right (items,) says which are right, as the mean over many random subsets, with its interval
-    as from `bootstrap`. vote(indices) is (items, subsets, 1); where it is nan, nothing could be read, and chance is half."""
+    as from `bootstrap`, cut at 0 and 1. vote(indices) is (items, subsets, 1); where it is nan, nothing could be read, and chance is half."""
     values = [roc_auc(votes, right) for index in subsets(len(right), total, k) for votes in vote(index)[..., 0].T.tolist()]
-    return bootstrap(torch.tensor(values).mean(0), queries)
+    return torch.tensor(bootstrap(torch.tensor(values).mean(0), queries), dtype=torch.float64).clamp(0, 1).tolist()
 
 
 def scaling(items: list[Preference], greedy: list[Trajectory], samples: list[Trajectory], total: int) -> dict:
@@ -1035,7 +1035,7 @@ def bytes_of_token(config, itemsize: int) -> int:
         made = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim + key)
         return ((config.num_hidden_layers + 1) * latent + made) * itemsize
     layers, numbers = getattr(config, "per_layer_config", [config] * config.num_hidden_layers), 0
-    for layer in layers[:config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)]:
+    for layer in layers[:config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", 0) or 0)]:
         heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
         numbers += 2 * heads * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
     return numbers * itemsize

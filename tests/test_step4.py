@@ -147,7 +147,7 @@ def test_auc_is_the_mean_over_subsets_and_queries_are_drawn_whole():
     # means 5, 4, 4.5, 2, 9: all right ones above all wrong ones; so one of the wrong ones cannot change it
     assert auc(2) == [1.0, 1.0, 1.0]
     mean, low, high = auc(1)
-    assert low < mean < high and 0.4 < mean < 1
+    assert 0 <= low < mean < high <= 1 and 0.4 < mean < 1
     assert auc(1, ["x"] * 5) == [pytest.approx(mean)] * 3  # one query alone varies with nothing
     of_one_kind = vote.auc_over_subsets(lambda index: vote.vote_mean(vote.take(scores[:2], index)), [True] * 2, "ab", 2, 1)
     assert all(math.isnan(value) for value in of_one_kind)
