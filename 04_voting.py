@@ -369,7 +369,8 @@ def page(name: str, items: list[Preference], samples: list[Trajectory], total: i
 def story(title: str, item: Preference, samples: list[Trajectory], scores: torch.Tensor) -> str:
     """One item's part of the page: query, responses y1, y2, ..., each sample's scores (samples, responses) with the sums so far, and its text."""
     def table(*rows):
-        return "<table>" + "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in rows) + "</table>\n"
+        kinds = zip(["th"] + ["td"] * len(rows), rows)
+        return "<table>" + "".join("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in row) + "</tr>\n" for tag, row in kinds) + "</table>\n"
 
     def bold(values):  # the highest of them
         return [f"<b>{value:.3g}</b>" if value == max(values) else f"{value:.3g}" for value in values]
