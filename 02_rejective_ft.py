@@ -276,6 +276,8 @@ def set_trainable(model, args) -> None:
         torch.manual_seed(args.seed)
         if r:
             add_lora(model, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], r, 2 * r)
+            if not any(isinstance(module, LoRA) for module in model.modules()):
+                raise ModelError("the model has no layers that adapters are for (q_proj, ..., down_proj); train all its weights by --lora-r 0")
         else:
             model.float()
 
@@ -483,7 +485,8 @@ def open_run(out: Path, settings: dict, resume: bool) -> None:
     path, kept = out / "settings.json", (out / "checkpoint.pt").exists()
     how = ("resume", "micro_tokens", "batch_size", "save_every", "show", "k_meta")
     settings = {name: value for name, value in settings.items() if name not in how}
-    after = [*out.glob("after_*.jsonl"), out / "held_out.jsonl", out / "rewards.jsonl", out / "results.json"]  # made of the trained model
+    after = ("after_*.jsonl", "held_out.jsonl", "rewards.jsonl", "results.json")  # made of the trained model
+    earlier = ("trajectories.jsonl", "easy.jsonl", "before_*.jsonl", "log.jsonl", "checkpoint.pt", "model", *after)
     if resume:
         try:
             was = parse_json(path.read_bytes()) | {}
@@ -494,9 +497,9 @@ def open_run(out: Path, settings: dict, resume: bool) -> None:
                       "give the same, or start anew with another --out")
             changed = ", ".join(f"{name} {settings[name]} (was {value})" for name, value in changed.items())
             raise DataError(f"--resume: the run in {out} had other {'data' if changed.startswith('crc') else 'settings'}: {changed}; {advice}")
-        for file in () if kept else after:
+        for file in () if kept else [file for pattern in after for file in out.glob(pattern)]:
             file.unlink(missing_ok=True)
-    elif earlier := sorted(name for pattern in ("*.jsonl", "checkpoint.pt", "model", "results.json") for name in out.glob(pattern)):
+    elif earlier := [file for pattern in earlier for file in out.glob(pattern)]:
         raise DataError(f"{out} holds a run already ({earlier[0].name}): go on with it by --resume, name another folder by --out, or delete this one")
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -600,7 +603,8 @@ def evaluate(load: Callable, items: list[Preference], args, path: Path) -> dict[
              "samples": ballots(items, args.k, "evaluation")}
     result = {}
     for kind, shown in kinds.items():
-        temperature, file, chunk = 0.5 * (kind == "samples"), path.with_name(f"{path.name}_{kind}.jsonl"), max(1, 4096 // args.k) * args.k
+        chunk = max(1, (1024 if torch.cuda.is_available() else 4096) // args.k) * args.k  # on a GPU, models are large, and 4096 take a while
+        temperature, file = 0.5 * (kind == "samples"), path.with_name(f"{path.name}_{kind}.jsonl")
         kinds[kind] = judge_and_keep(load, shown, temperature, args, args.seed + 10**6, file, chunk)
         result[kind] = [t.scores and [score for _, score in sorted(zip(t.order, t.scores))] for t in kinds[kind]]
     samples = result["samples"]
@@ -939,7 +943,7 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: 
     bucket = 64 if model.device.type == "cuda" else 16  # columns by which a row's visible ones grow: a graph lasts longer, or nothing is seen in vain
     with tqdm(total=len(queue), desc="sampling", unit=" samples", disable=not progress or RANK > 0) as bar:
         while queue:
-            batch = queue[:batch_size or rows_that_fit(model, -(-len(queue[0][0]) // n) + max_new_tokens)]
+            batch = queue[:batch_size or rows_that_fit(model, len(queue[0][0]), max_new_tokens, n)]
             try:
                 distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in batch))}
                 decoder = Decoder(model, list(distinct), [distinct[prompt] for prompt, _ in batch], temperature, max_new_tokens, stop_ids, pad_id,
@@ -1017,8 +1021,8 @@ class Decoder:
         self.warm, self.captured, self.graphs = None, None, device.type == "cuda" and not (
             getattr(model, "no_graphs", False) or getattr(model, "is_loaded_in_8bit", False))
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
-        # Attention of its own, or DeepSeek's, which caches latents and makes keys and values of them all in every step: `attend` cannot stand in
-        self.whole = not getattr(model, "_supports_attention_backend", True) or bool(getattr(model.config.get_text_config(), "kv_lora_rank", 0))
+        # DeepSeek's cache holds latents: its layers make all keys and values of them in every step, and `attend` cannot stand in
+        self.latent = bool(getattr(model.config.get_text_config(), "kv_lora_rank", None))
         transformers.AttentionInterface.register("spct_decode", attend)
         # Prefill: each distinct prompt once, a few thousand tokens at a time.
         self.width = max(map(len, prompts))
@@ -1065,7 +1069,7 @@ class Decoder:
             return key, value
         for cache, new in zip(self.cache[layer], (key, value)):
             cache.index_copy_(2, self.column, new)
-        if self.whole:
+        if self.latent:
             groups = self.slots // self.table.shape[1]
             return [torch.cat([prompt[groups], own[:, :, :self.visible]], 2) for prompt, own in zip(self.prompt_cache[layer], self.cache[layer])]
         return self, layer
@@ -1097,7 +1101,7 @@ class Decoder:
         """Run the model on every row's last token, and draw the next."""
         config = self.model.config.get_text_config()
         usual = config._attn_implementation
-        config._attn_implementation = usual if self.whole else "spct_decode"
+        config._attn_implementation = usual if self.latent else "spct_decode"
         try:
             self.draw(self.forward(self.token, self.position, self.width + self.column))
         finally:
@@ -1222,10 +1226,12 @@ def telling(load):
         with torch.no_grad():
             if not model(input_ids=torch.tensor([ids], device=model.device)).logits.isfinite().all():
                 raise ModelError(f"{name} computes what is not a number; its weights are damaged, or too large for {model.dtype}")
-        try:
-            sample(model, tokenizer, [ids], max_new_tokens=2, progress=False)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ModelError(f"{name}: the sampler does not fit this kind of model ({kind}: {error}); choose another") from None
+        try:  # a prompt for each rank, so that all of them find out
+            sample(model, tokenizer, [ids * (rank + 1) for rank in range(RANKS)], max_new_tokens=2, progress=False)
+        except Exception as error:  # attention of its own does whatever it likes with what the sampler gives it
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise error if isinstance(error, ModelError) else ModelError(
+                f"{name}: the sampler does not fit this kind of model ({kind}: {reason}); choose one with ordinary attention") from None
         return model, tokenizer
     return loaded
 
@@ -1336,9 +1342,11 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def rows_that_fit(model, columns: int) -> int:
-    """How many rows of `columns` tokens half of the free memory holds: keys and values, and a few copies of a row's logits."""
+def rows_that_fit(model, prompt: int, new: int, n: int) -> int:
+    """How many rows half of the free memory holds: keys and values of `new` tokens and of a prompt, which n rows share unless it is kept as latents,
+    and a few copies of a row's logits."""
     config = model.config.get_text_config()
+    columns = new + -(-prompt // (1 if getattr(config, "kv_lora_rank", None) else n))
     row = columns * bytes_of_token(config, model.dtype.itemsize) + 16 * config.vocab_size
     return max(1, min(1024 if model.device.type == "cuda" else 256, free_memory(model.device) // 2 // row))
 

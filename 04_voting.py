@@ -189,14 +189,14 @@ def scaling(items: list[Preference], greedy: list[Trajectory], samples: list[Tra
     result, values = {"items": len(items), "many": len(many), "single": len(single), "unreadable": scores.isnan().any(-1).double().mean().item(),
                       "longest": bootstrap(longest, queries), "greedy": greedy, "curve": [], "by_subset": {}}, {}
     for k in [2**i for i in range(total.bit_length()) if 2**i < total] + [total]:
-        row = {"k": k}
+        row = {"k": k, "space": 10 * k if scores.isnan().any() else 9 * k + 1}  # sums are from k to 10 k; from 1, if some samples cannot be read
         for name, vote in VOTES.items():
             values[k, name] = over_subsets(lambda index: vote(take(scores[many], index)), best, total, k)
             row[name] = {key: bootstrap(of_key, queries) for key, of_key in values[k, name].items()}
         row["gain"] = bootstrap(values[k, "sum"]["accuracy"] - values[1, "sum"]["accuracy"], queries)  # paired: the same items
         row["auc"] = auc_over_subsets(lambda index: vote_mean(take(scores[single], index)), right, of_single, total, k)
         chosen = take(scores, next(subsets(len(items), total, k)))[:, 0]  # one vote on every item: how many different sums it shows
-        result["curve"].append(row | {"space": 9 * k + 1, "seen": len(chosen.sum(1)[chosen.sum(1).isfinite()].unique())})
+        result["curve"].append(row | {"seen": len(vote_sum(chosen)[chosen.nanmean(1).isfinite()].unique())})
     for subset in sorted({items[i].subset for i in many}):
         of = torch.tensor([items[i].subset == subset for i in many])
         ends = [bootstrap(values[k, "sum"]["accuracy"][of], [q for q, keep in zip(queries, of) if keep]) for k in (1, total)]
@@ -373,7 +373,7 @@ def story(title: str, item: Preference, samples: list[Trajectory], scores: torch
         return "<table>" + "".join("<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in row) + "</tr>\n" for tag, row in kinds) + "</table>\n"
 
     def bold(values):  # the highest of them
-        return [f"<b>{value:.3g}</b>" if value == max(values) else f"{value:.3g}" for value in values]
+        return [f"<b>{value:g}</b>" if value == max(values) else f"{value:g}" for value in values]
 
     names, scores = [f"y{i + 1}" for i in range(len(item.responses))], scores[:, :len(item.responses)]
     turns = item.query if isinstance(item.query, list) else [{"role": "user", "content": item.query}]
@@ -652,7 +652,7 @@ def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: 
     bucket = 64 if model.device.type == "cuda" else 16  # columns by which a row's visible ones grow: a graph lasts longer, or nothing is seen in vain
     with tqdm(total=len(queue), desc="sampling", unit=" samples", disable=not progress or RANK > 0) as bar:
         while queue:
-            batch = queue[:batch_size or rows_that_fit(model, -(-len(queue[0][0]) // n) + max_new_tokens)]
+            batch = queue[:batch_size or rows_that_fit(model, len(queue[0][0]), max_new_tokens, n)]
             try:
                 distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in batch))}
                 decoder = Decoder(model, list(distinct), [distinct[prompt] for prompt, _ in batch], temperature, max_new_tokens, stop_ids, pad_id,
@@ -730,8 +730,8 @@ class Decoder:
         self.warm, self.captured, self.graphs = None, None, device.type == "cuda" and not (
             getattr(model, "no_graphs", False) or getattr(model, "is_loaded_in_8bit", False))
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
-        # Attention of its own, or DeepSeek's, which caches latents and makes keys and values of them all in every step: `attend` cannot stand in
-        self.whole = not getattr(model, "_supports_attention_backend", True) or bool(getattr(model.config.get_text_config(), "kv_lora_rank", 0))
+        # DeepSeek's cache holds latents: its layers make all keys and values of them in every step, and `attend` cannot stand in
+        self.latent = bool(getattr(model.config.get_text_config(), "kv_lora_rank", None))
         transformers.AttentionInterface.register("spct_decode", attend)
         # Prefill: each distinct prompt once, a few thousand tokens at a time.
         self.width = max(map(len, prompts))
@@ -778,7 +778,7 @@ class Decoder:
             return key, value
         for cache, new in zip(self.cache[layer], (key, value)):
             cache.index_copy_(2, self.column, new)
-        if self.whole:
+        if self.latent:
             groups = self.slots // self.table.shape[1]
             return [torch.cat([prompt[groups], own[:, :, :self.visible]], 2) for prompt, own in zip(self.prompt_cache[layer], self.cache[layer])]
         return self, layer
@@ -810,7 +810,7 @@ class Decoder:
         """Run the model on every row's last token, and draw the next."""
         config = self.model.config.get_text_config()
         usual = config._attn_implementation
-        config._attn_implementation = usual if self.whole else "spct_decode"
+        config._attn_implementation = usual if self.latent else "spct_decode"
         try:
             self.draw(self.forward(self.token, self.position, self.width + self.column))
         finally:
@@ -935,10 +935,12 @@ def telling(load):
         with torch.no_grad():
             if not model(input_ids=torch.tensor([ids], device=model.device)).logits.isfinite().all():
                 raise ModelError(f"{name} computes what is not a number; its weights are damaged, or too large for {model.dtype}")
-        try:
-            sample(model, tokenizer, [ids], max_new_tokens=2, progress=False)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ModelError(f"{name}: the sampler does not fit this kind of model ({kind}: {error}); choose another") from None
+        try:  # a prompt for each rank, so that all of them find out
+            sample(model, tokenizer, [ids * (rank + 1) for rank in range(RANKS)], max_new_tokens=2, progress=False)
+        except Exception as error:  # attention of its own does whatever it likes with what the sampler gives it
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise error if isinstance(error, ModelError) else ModelError(
+                f"{name}: the sampler does not fit this kind of model ({kind}: {reason}); choose one with ordinary attention") from None
         return model, tokenizer
     return loaded
 
@@ -1049,9 +1051,11 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def rows_that_fit(model, columns: int) -> int:
-    """How many rows of `columns` tokens half of the free memory holds: keys and values, and a few copies of a row's logits."""
+def rows_that_fit(model, prompt: int, new: int, n: int) -> int:
+    """How many rows half of the free memory holds: keys and values of `new` tokens and of a prompt, which n rows share unless it is kept as latents,
+    and a few copies of a row's logits."""
     config = model.config.get_text_config()
+    columns = new + -(-prompt // (1 if getattr(config, "kv_lora_rank", None) else n))
     row = columns * bytes_of_token(config, model.dtype.itemsize) + 16 * config.vocab_size
     return max(1, min(1024 if model.device.type == "cuda" else 256, free_memory(model.device) // 2 // row))
 

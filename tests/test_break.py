@@ -52,6 +52,17 @@ def encoder(folder):
     return folder
 
 
+def own_attention(folder, kind, **shape):
+    """A small random model of a kind whose attention is its own, with the judge's tokenizer."""
+    import transformers
+    torch.manual_seed(0)
+    tokenizer = grm.load_model(JUDGE)[1]
+    config = getattr(transformers, f"{kind}Config")(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **shape)
+    (getattr(transformers, f"{kind}ForCausalLM", None) or getattr(transformers, f"{kind}LMHeadModel"))(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def classifier(folder):
     config = json.loads((JUDGE / "config.json").read_text()) | {"architectures": ["Gemma3TextForSequenceClassification"]}
     return copy_of_judge(folder, config=json.dumps(config).encode())
@@ -112,6 +123,10 @@ MODELS = {
     "a configuration that is no JSON": (lambda f: copy_of_judge(f, config=b"{"), "not a valid JSON"),
     "no tokenizer": (lambda f: copy_of_judge(f, tokenizer=None, tokenizer_config=None), "its tokenizer knows no words"),
     "an encoder": (encoder, "is no causal language model but an encoder"),
+    "attention of its own": (lambda f: own_attention(f, "GPTNeo", hidden_size=32, num_layers=2, num_heads=2, attention_types=[[["local"], 2]]),
+                             "the sampler does not fit this kind of model (GPTNeoForCausalLM: "),
+    "distances of its own": (lambda f: own_attention(f, "Bloom", hidden_size=32, n_layer=1, n_head=2), "(BloomForCausalLM: too many values"),
+    "the oldest of them": (lambda f: own_attention(f, "OpenAIGPT", n_embd=32, n_layer=1, n_head=2), "the sampler does not fit"),
     "a meta RM": (classifier, "is no causal language model but an encoder or a classifier (Gemma3TextForSequenceClassification)"),
     "a text file": (lambda f: f.write_text("x") and f, "cannot load the model"),
     "a text file as GGUF": (lambda f: f.with_suffix(".gguf").write_text("x") and f.with_suffix(".gguf"), "gguf"),

@@ -3,7 +3,7 @@ import pytest
 import torch
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, Gemma4ForCausalLM, Gemma4TextConfig
-from transformers import GPTNeoConfig, GPTNeoForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import MistralConfig, MistralForCausalLM
 
 from conftest import JUDGE, gemma_270m, load_script
 
@@ -88,15 +88,6 @@ def test_greedy_equals_generate_where_the_cache_holds_latents(version):
     drawn = grm.sample(model, Letters(), prompts, n=2, temperature=0, max_new_tokens=40, batch_size=7, progress=False)
     assert [[s.ids for s in samples] for samples in drawn] == [[ids, ids] for ids in expected]
     assert len({tuple(ids) for ids in expected}) == len(set(map(tuple, prompts)))
-
-
-def test_greedy_equals_generate_where_the_attention_is_a_models_own():
-    torch.manual_seed(0)
-    model = GPTNeoForCausalLM(GPTNeoConfig(vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global"], 2]],
-                                           eos_token_id=None, pad_token_id=0, bos_token_id=None, initializer_range=0.3)).eval()
-    prompts = random_prompts([3, 30, 11])
-    drawn = grm.sample(model, Letters(), prompts, n=2, temperature=0, max_new_tokens=30, progress=False)
-    assert [[s.ids for s in samples] for samples in drawn] == [[ids, ids] for ids in generate(model, prompts, 0, [], 30)]
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -351,9 +342,9 @@ def test_rows_that_fit_counts_cache_and_logits(monkeypatch):
     model = random_gemma(3)
     # keys and values: 2 * 4 layers * 2 heads * 8 dims * 100 columns * 4 bytes = 51,200; logits: 16 * 61 = 976
     monkeypatch.setattr(grm.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2 * 52_176 * 10 + 1}))
-    assert grm.rows_that_fit(model, 100) == 10
+    assert grm.rows_that_fit(model, 60, 40, 1) == 10
     monkeypatch.setattr(grm.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 5}))
-    assert grm.rows_that_fit(model, 100) == 1
+    assert grm.rows_that_fit(model, 60, 40, 1) == 1
 
 
 @pytest.mark.parametrize("version", [2, 3, 4])
@@ -362,6 +353,13 @@ def test_bytes_of_a_token_are_those_in_the_cache(version):
     decoder = grm.Decoder(model, [(5, 6, 7)], [0, 0], 0.0, 10, [], 0, torch.Generator())
     held = sum(part.nbytes for layer in decoder.cache.values() for part in layer)
     assert grm.bytes_of_token(model.config, 4) == held / 2 / 10
+
+
+def test_rows_of_one_prompt_share_it_but_for_latents(monkeypatch):
+    monkeypatch.setattr(grm.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 2 * 10**6}))
+    for model, prompt in (random_gemma(3), 25), (random_deepseek(2), 100):  # what each of four rows of a prompt of 100 tokens takes
+        row = (prompt + 20) * grm.bytes_of_token(model.config, 4) + 16 * 61
+        assert grm.rows_that_fit(model, 100, 20, 4) == 10**6 // row
 
 
 def test_a_token_of_latents_counts_them_and_what_one_layer_makes_of_them():

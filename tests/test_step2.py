@@ -305,6 +305,12 @@ def test_a_run_is_never_written_over(tmp_path):
         (tmp_path / "run" / name).unlink()
 
 
+def test_ones_own_files_are_no_run(tmp_path):
+    for name in ("train.jsonl", "fresh-12345678.jsonl"):  # data; judgements that any run with the same settings takes over
+        (tmp_path / name).write_text("precious")
+    rft.open_run(tmp_path, {"lr": 1.0}, False)
+
+
 def test_what_matters_in_training_alone_may_change_while_nothing_is_trained(tmp_path):
     rft.open_run(tmp_path, {"lr": 1.0, "limit": 5, "crc": 7, "save_every": 1}, False)
     (tmp_path / "trajectories.jsonl").write_text("sampled")
@@ -357,6 +363,11 @@ def test_log_probs_of_models_that_scale_their_logits(kind, scale):
     torch.testing.assert_close(rft.completion_log_probs(model, [(prompt, completion)]), expected, atol=1e-5, rtol=1e-5)
     model.config.logit_scale = None  # as some configurations have it: 1
     assert rft.completion_log_probs(model, [(prompt, completion)]).isfinite().all()
+
+
+def test_a_model_without_layers_for_adapters_is_refused():
+    with pytest.raises(rft.ModelError, match="no layers that adapters are for .*; train all its weights by --lora-r 0"):
+        rft.set_trainable(torch.nn.ModuleDict({"query_key_value": torch.nn.Linear(2, 2)}), options(lora_r=4))
 
 
 def test_adapters_keep_their_rank_and_all_weights_cannot_be_asked_for():

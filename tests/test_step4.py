@@ -191,9 +191,13 @@ def test_scaling_by_hand():
 
 def test_no_more_values_are_seen_than_are_possible():
     items = [vote.Preference(f"q{i}", ["a", "b"], [0, 1]) for i in range(30)]
-    samples = [judged(item, [0, 1], [i % 10 + 1, 10 - i % 10] if i % 3 else None, i) for i, item in enumerate(items)]
-    [row] = vote.scaling(items, samples, samples, 1)["curve"]
-    assert row["seen"] == row["space"] == 10  # what cannot be read has no sum: its 0 is no eleventh value
+    samples = [judged(item, [0, 1], [i % 10 + 1, 10 - i % 10] if (i + j) % 3 else None, i) for i, item in enumerate(items) for j in range(2)]
+    one, two = vote.scaling(items, samples[::2], samples, 2)["curve"]
+    assert one["seen"] == one["space"] == 10  # what cannot be read has no sum: its 0 is no eleventh value
+    # 1 to 10 where one of two can be read, and twice that where both can: 2, 4, ..., 20; of 1 to 20
+    assert two["seen"] == 15 and two["space"] == 20
+    readable = [judged(item, [0, 1], [1, 10], i) for i, item in enumerate(items) for _ in range(2)]
+    assert [(row["seen"], row["space"]) for row in vote.scaling(items, readable[::2], readable, 2)["curve"]] == [(2, 10), (2, 19)]
 
 
 def test_a_total_that_is_no_power_of_two():
@@ -289,6 +293,13 @@ def test_the_page_shows_how_the_sum_decided():
     assert [row[-3:] for row in rows[2:4]] == [["0", "12", "1"], ["*1", "*19", "*2"]]
     # scores, and sums so far: 9 and 1; the same again; 1 + 9 and 10 + 1; 2 + 10 and 8 + 11
     assert [row[1:5] for row in (rows[5], rows[7], rows[8])] == [["*9", "1", "*9", "1"], ["1", "*10", "10", "*11"], ["2", "*8", "12", "*19"]]
+
+
+def test_the_page_rounds_no_sum_and_no_reward():
+    item = vote.Preference("q", ["a", "b"], [0.9996, 1])
+    samples = [judged(item, [0, 1], [9, 8])] + [judged(item, [0, 1], [8, 9])] * 127
+    text = Tags(vote.page("judge", [item], samples, 128)).text
+    assert all(number in text for number in ("0.9996", "1025", "1151", "127"))
 
 
 def test_a_page_without_a_story():

@@ -6,7 +6,7 @@ REPLACE = [
      "        if needed_only and t.hinted and t.reason == 'correct' and any(other.correct for other in trajectories if not other.hinted):\n"
      "            t.reason = 'not needed'\n"
      "        t.kept = t.reason in ("),
-    ("reject(group, args.keep_all)", "reject(group, args.keep_all, args.needed_only)"),
+    ("len(kinds)], args.keep_all)", "len(kinds)], args.keep_all, args.needed_only)"),
     ("    args = parser.parse_args()\n",
      '    option("--needed-only", action="store_true", help="keep hinted samples only of items that have no correct one without a hint")\n'
      "    args = parser.parse_args()\n"),
