@@ -1,5 +1,6 @@
 """What a later script carries is the same, to the letter, as where it was introduced, and nothing that it does not use."""
 import ast
+import functools
 
 import carry
 import pytest
@@ -8,26 +9,27 @@ SCRIPTS = carry.scripts()
 LATER = [(script, SCRIPTS[:number]) for number, script in enumerate(SCRIPTS) if number]
 
 
-def source(path, name):
-    """The text of a top-level definition: its decorators, and the comment lines directly above, included; independent of carry.py."""
-    text = path.read_text(encoding="utf-8")
+@functools.cache
+def sources(path):
+    """The texts of a script's top-level definitions by name: their decorators, and the comment lines directly above, included; independent of
+    carry.py. Of two of a name, the first."""
+    text, found = path.read_text(encoding="utf-8"), {}
     lines = text.splitlines()
     for node in ast.parse(text).body:
-        names = [node.name] if hasattr(node, "name") else [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]
-        if name in names:
-            first = min([node.lineno] + [d.lineno for d in getattr(node, "decorator_list", [])]) - 1
-            while lines[first - 1].startswith("#") and "-" * 100 not in lines[first - 1]:
-                first -= 1
-            return lines[first:node.end_lineno]
-    return None
+        first = min([node.lineno] + [d.lineno for d in getattr(node, "decorator_list", [])]) - 1
+        while lines[first - 1].startswith("#") and "-" * 100 not in lines[first - 1]:
+            first -= 1
+        for name in [node.name] if hasattr(node, "name") else [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]:
+            found.setdefault(name, lines[first:node.end_lineno])
+    return found
 
 
 @pytest.mark.parametrize("script, earlier", LATER, ids=lambda value: value.path.stem if isinstance(value, carry.Script) else "")
 def test_carried_definitions_equal_their_origins(script, earlier):
     assert script.carried, f"{script.path.name} has no ruled line or nothing below it"
     for definition in script.carried:
-        origin = next(sources for other in earlier if (sources := source(other.path, definition.name)))
-        assert source(script.path, definition.name) == origin, f"{definition.name}: run python tests/carry.py"
+        origin = next(sources(other.path)[definition.name] for other in earlier if definition.name in sources(other.path))
+        assert sources(script.path)[definition.name] == origin, f"{definition.name}: run python tests/carry.py"
 
 
 @pytest.mark.parametrize("script, earlier", LATER, ids=lambda value: value.path.stem if isinstance(value, carry.Script) else "")
