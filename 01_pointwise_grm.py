@@ -43,6 +43,7 @@ import functools
 import gc
 import gzip
 import json
+import logging
 import math
 import os
 import random
@@ -906,6 +907,7 @@ def load_model(name: str | Path, quantize: str = "none"):
     device, dtype = (f"cuda:{torch.cuda.current_device()}", torch.bfloat16) if cuda else ("cpu", torch.float32)
     config = {"none": None, "int8": BitsAndBytesConfig(load_in_8bit=True),
               "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # int8 layers say in every call that they cast their input
     try:
         if name.endswith(".gguf"):
             name = convert_gguf(Path(name))

@@ -37,6 +37,12 @@ def test_quantized_weights_stay_close_to_the_plain_ones(quantize, layer, bits):
     assert 0 < error < (0.5 if bits == 4 else 0.15)  # 4 bits on 128 dimensions are rough
 
 
+def test_layers_in_int8_do_not_speak_in_every_call(caplog):
+    model, _ = grm.load_model(JUDGE, "int8")
+    logits(model)
+    assert "will be cast" not in caplog.text
+
+
 def test_sampling_leaves_4_bit_layers_differentiable():
     model, tokenizer = grm.load_model(JUDGE, "nf4")
     grm.sample(model, tokenizer, [PROMPT[0].tolist()], max_new_tokens=4, progress=False)
