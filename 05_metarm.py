@@ -1020,7 +1020,7 @@ def load_model(name: str | Path, quantize: str = "none"):
     device, dtype = (f"cuda:{torch.cuda.current_device()}", torch.bfloat16) if cuda else ("cpu", torch.float32)
     config = {"none": None, "int8": BitsAndBytesConfig(load_in_8bit=True),
               "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # int8 layers say in every call that they cast their input
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns in every call of an int8 layer, and of a kernel that is not needed
     try:
         if name.endswith(".gguf"):
             name = convert_gguf(Path(name))
