@@ -18,10 +18,10 @@ train and add up.
     python 01_pointwise_grm.py --query "Name a prime." --response "Seven." --response "Nine."              judge your own text
 
 Reads preference data in any public layout (`--export` writes it as the JSON Lines that later steps read). Writes runs/01_pointwise_grm/:
-judgements.jsonl (every judgement with its scores), results.json (figures with standard errors, settings, versions), and with --attack
-attacked.jsonl. A run prints one judgement in full, then accuracy (ties are coin tosses), strict accuracy (Eq. 10: the best response scores above
-all others), ties, position bias, length bias, on demand how often scores written into the worst response win the judge over, unreadable outputs,
-ROC-AUC for single responses; accuracy by subset, by number of responses, and by position of the best response.
+judgements.jsonl (every judgement with its scores), results.json (figures with standard errors, settings, versions), settings.json (for --resume),
+and with --attack attacked.jsonl. A run prints one judgement in full, then accuracy (ties are coin tosses), strict accuracy (Eq. 10: the best
+response scores above all others), ties, position bias, length bias, on demand how often scores written into the worst response win the judge over,
+unreadable outputs, ROC-AUC for single responses; accuracy by subset, by number of responses, and by position of the best response.
 
 Exercises (what is asked for goes into this file: constants and new functions above main(), options into it; the check says what was expected,
 and shows what comes of it)
@@ -247,16 +247,16 @@ def mean_and_se(values: list[float], clusters: list) -> tuple[float, float]:
 
 
 def judge_file(model, tokenizer, items: list[Preference], ask: dict, args, path: Path) -> tuple[list[tuple[str, Judgement]], int, str]:
-    """Judge the items and write every judgement to `path`; returns outputs with what they say, the number of tokens drawn, and why it stopped early,
-    if it did. A few hundred items at a time: what is judged is on disk, and an interruption loses only the items in flight."""
+    """Judge the items and write every judgement to `path`, from what is there already with --resume; returns outputs with what they say, the number
+    of tokens drawn, and why it stopped early, if it did. A few hundred items at a time: an interruption loses only those in flight."""
     shots = worked_examples(args.shots, **ask)
     repeated = build_prompt("", [""], **ask).split("\n")[0] if shots else None  # a base model goes on with a next item
     longest = longest_prompt(model, args.max_new_tokens)
     opening = "" if ask["principles"] else "Analysis: Response 1"  # put into the mouth of a judge that would write principles unasked, even here
-    judged, tokens, stopped = [], 0, ""
+    judged, tokens, stopped = taken_over(path, items, 512) if args.resume else [], 0, ""
     try:
-        with open(path if RANK == 0 else os.devnull, "w", encoding="utf-8") as file:
-            for first in range(0, len(items), 512):
+        with open(path if RANK == 0 else os.devnull, "a" if args.resume else "w", encoding="utf-8") as file:
+            for first in range(len(judged), len(items), 512):
                 part, chunk = items[first:first + 512], []
                 prompts = [encode(tokenizer, build_prompt(p.query, p.responses, p.reference, **ask), shots)
                            + tokenizer(opening, add_special_tokens=False)["input_ids"] for p in part]
@@ -276,7 +276,7 @@ def judge_file(model, tokenizer, items: list[Preference], ask: dict, args, path:
                 file.flush()
     except (KeyboardInterrupt, OSError) as stop:
         stopped = "interrupted" if isinstance(stop, KeyboardInterrupt) else f"cannot write {path}: {stop.strerror}"
-        print(f"\n{(stopped := f'{stopped}: {len(judged)} of {len(items)} items are judged for {path.name}')}")
+        print(f"\n{(stopped := f'{stopped}: {len(judged)} of {len(items)} items are judged for {path.name}, go on with --resume')}")
     return judged, tokens, stopped
 
 
@@ -299,11 +299,13 @@ def main():
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token; sampling wants 0.5 to 1")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest judgement, in tokens")
     parser.add_argument("--batch-size", type=int, help="rows decoded together; by default what memory holds")
+    parser.add_argument("--resume", action="store_true", help="go on with what --out holds, which must have been judged in the same way")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--out", default="runs/01_pointwise_grm", help="folder for judgements.jsonl and results.json")
     args = parser.parse_args()
     check_options(parser, args, (not 0 <= args.shots <= len(SHOTS), f"--shots must be from 0 to {len(SHOTS)}"),
-                  (bool(args.query) != bool(args.response), "--query and --response go together"))
+                  (bool(args.query) != bool(args.response), "--query and --response go together"),
+                  (bool(args.query) and args.resume, "--query leaves nothing behind that --resume could go on with"))
 
     join_ranks()
     if args.query:  # no truth is known: any rewards do
@@ -318,10 +320,7 @@ def main():
     ask = {"principles": not args.no_principles, "form": not args.shots or tokenizer.chat_template is not None}
     out, start = Path(args.out), time.time()
     if not args.query:  # one's own text leaves nothing behind, and what was judged before it stays
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-            for name in ("results.json", "attacked.jsonl"):
-                (out / name).unlink(missing_ok=True)
+        begin(out, args)
     judged, tokens, stopped = judge_file(model, tokenizer, items, ask, args, Path(os.devnull) if args.query else out / "judgements.jsonl")
     if not judged:
         sys.exit(130)
@@ -370,6 +369,44 @@ SHOTS = [
      "Specific Criteria: the answer is right (weight 3); it says why (weight 1).\n",
      "Analysis: Response 1 is right and says what a whale is.\nScores: \\boxed{10}"),
 ]
+
+
+def begin(out: Path, args) -> None:
+    """Start a run in the place of the one that `out` holds; or, with --resume, make sure that what that one judged can be taken over. DataError."""
+    path, names = out / "settings.json", ("model", "quantize", "shots", "no_principles", "temperature", "max_new_tokens", "seed")
+    how = {name: getattr(args, name) for name in names}
+    if args.resume:
+        try:
+            was = parse_json(path.read_bytes()) | {}
+        except (OSError, DataError, TypeError):
+            raise DataError(f"--resume: there is no run in {out}, or its settings.json is damaged") from None
+        if changed := [f"{name} {how[name]} (was {was.get(name)})" for name in names if how[name] != was.get(name)]:
+            raise DataError(f"--resume: the run in {out} judged in another way: {', '.join(changed)}; give the same, or name another --out")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("results.json",) if args.resume else ("results.json", "attacked.jsonl", "judgements.jsonl"):
+            (out / name).unlink(missing_ok=True)
+        if RANK == 0 and not args.resume:
+            path.write_text(json.dumps(how, indent=1) + "\n")
+
+
+def taken_over(path: Path, items: list[Preference], chunk: int) -> list[tuple[str, Judgement]]:
+    """What an earlier run has judged of the items, in whole chunks; what else is in the file is cut off. Raises DataError."""
+    lines, judged = path.read_bytes().split(b"\n")[:-1] if path.exists() else [], []  # the last one is empty, or was cut off in writing
+    if len(lines) > len(items):
+        raise DataError(f"{path} holds {len(lines)} judgements where {len(items)} belong: give the same --data and --limit, or name another --out")
+    lines = lines if len(lines) == len(items) else lines[:len(lines) // chunk * chunk]
+    for number, (line, item) in enumerate(zip(lines, items), 1):
+        try:
+            record = parse_json(line)
+            if {name: record[name] for name in vars(item)} != vars(item):
+                raise ValueError
+            judged.append((record["output"], Judgement(*(record[field.name] for field in fields(Judgement)))))
+        except (KeyError, TypeError, ValueError):  # DataError is one
+            raise DataError(f"{path}:{number}: not a judgement of item {number} of --data; leave --resume out, or name another --out") from None
+    if RANK == 0 and path.exists():
+        os.truncate(path, sum(len(line) + 1 for line in lines))
+    return judged
 
 
 def worked_examples(count: int, principles: bool = True, form: bool = True) -> list[tuple[str, str]]:

@@ -1,12 +1,13 @@
 """01_pointwise_grm.py as its user runs it: the embedded default, own text, own data, real Gemma, bad input, interruption."""
 import json
 import re
+import shutil
 import signal
 import sys
 import time
 
 import pytest
-from conftest import JUDGE, gemma_270m, load_script, run, start, wait_for_lines
+from conftest import JUDGE, gemma_270m, load_script, refusal, run, start, wait_for_lines
 
 sys.path.insert(0, str(JUDGE.parent))
 import read_judgements
@@ -115,7 +116,7 @@ def test_own_text_leaves_what_was_judged_alone(tmp_path):
     run(tmp_path, STEP, "--limit", 2, "--max-new-tokens", 20)
     kept = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*.json*")}
     run(tmp_path, STEP, "--query", "Name a prime.", "--response", "Seven.", "--response", "Nine.", "--max-new-tokens", 20)
-    assert len(kept) == 2 and {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*.json*")} == kept
+    assert len(kept) == 3 and {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*.json*")} == kept
 
 
 def test_a_terminal_without_accents(tmp_path, monkeypatch):
@@ -138,9 +139,49 @@ def test_an_interruption_keeps_what_is_judged(tmp_path):
     time.sleep(0.5)  # the first chunk is written; the second is being sampled
     process.send_signal(signal.SIGINT)
     shown, _ = process.communicate(timeout=120)
-    judged = int(re.search(r"interrupted: (\d+) of 1500 items are judged for judgements.jsonl", shown).group(1))
+    judged = int(re.search(r"interrupted: (\d+) of 1500 items are judged for judgements.jsonl, go on with --resume", shown).group(1))
     assert 0 < judged < 1500 and len(lines(judgements)) == judged
     assert json.loads((judgements.parent / "results.json").read_text())["n"] == judged
+
+
+def test_a_run_that_was_cut_off_goes_on_to_the_same_judgements(tmp_path):
+    options = "--limit", 530, "--temperature", 1, "--max-new-tokens", 12
+    run(tmp_path, STEP, *options, "--out", "whole")
+    whole, path = (tmp_path / "whole" / "judgements.jsonl").read_bytes(), tmp_path / "cut" / "judgements.jsonl"
+    shutil.copytree(tmp_path / "whole", path.parent)
+    for rest, least, most in ((520, 18, 12 * 18), (100, 530, 12 * 530), (530, 0, 0)):  # the second chunk was cut off, the first one, none
+        path.write_bytes(b"".join(whole.splitlines(keepends=True)[:rest]) + b'{"query": "Ma' * (rest < 530))
+        (path.parent / "results.json").unlink()
+        shown, _ = run(tmp_path, STEP, *options, "--out", "cut", "--resume")
+        assert path.read_bytes() == whole and json.loads((path.parent / "results.json").read_text())["n"] == 530
+        tokens = int(re.search(r"^([0-9,]+) tokens in", shown, re.MULTILINE).group(1).replace(",", ""))
+        assert least <= tokens <= most, rest
+
+
+def test_the_attack_may_come_later(tmp_path):
+    options = "--limit", 20, "--max-new-tokens", 160
+    run(tmp_path, STEP, *options)
+    kept = (tmp_path / "runs" / "01_pointwise_grm" / "judgements.jsonl").read_bytes()
+    shown, _ = run(tmp_path, STEP, *options, "--resume", "--attack", 5)
+    assert re.search(r"\n  attack ", shown) and len(lines(tmp_path / "runs" / "01_pointwise_grm" / "attacked.jsonl")) == 5
+    assert (tmp_path / "runs" / "01_pointwise_grm" / "judgements.jsonl").read_bytes() == kept
+
+
+def test_what_cannot_be_resumed(tmp_path, monkeypatch, capsys):
+    row = {"query": "q", "responses": ["a", "b"], "rewards": [1, 0]}
+    (tmp_path / "data.jsonl").write_text(2 * (json.dumps(row) + "\n"))
+    (tmp_path / "other.jsonl").write_text(2 * (json.dumps(row | {"query": "r"}) + "\n"))
+    usual = "--data", "data.jsonl", "--max-new-tokens", 8, "--out", "out"
+    run(tmp_path, STEP, *usual)
+    for options, message in (
+            (("--out", "none"), "error: --resume: there is no run in none, or its settings.json is damaged"),
+            (("--temperature", "0.5"), "error: --resume: the run in out judged in another way: temperature 0.5 (was 0.0); give the same"),
+            (("--limit", "1"), "error: out/judgements.jsonl holds 2 judgements where 1 belong: give the same --data and --limit"),
+            (("--data", "other.jsonl"), "error: out/judgements.jsonl:1: not a judgement of item 1 of --data"),
+            (("--query", "x", "--response", "y"), "--query leaves nothing behind that --resume could go on with")):
+        kept = (tmp_path / "out" / "judgements.jsonl").read_bytes()
+        assert message in refusal(monkeypatch, capsys, tmp_path, STEP, *usual, "--resume", *options)
+        assert kept.count(b"\n") == 2 and (tmp_path / "out" / "judgements.jsonl").read_bytes() == kept
 
 
 def test_an_interrupted_attack_says_how_far_it_came(tmp_path, monkeypatch, capsys):
@@ -155,7 +196,7 @@ def test_an_interrupted_attack_says_how_far_it_came(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(grm, "sample", sample)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [STEP, "--limit", "6", "--attack", "4", "--max-new-tokens", "160"])
-    with pytest.raises(SystemExit, match="error: interrupted: 0 of 4 items are judged for attacked.jsonl; its figures are of these"):
+    with pytest.raises(SystemExit, match="error: interrupted: 0 of 4 items are judged for attacked.jsonl, go on with --resume; its figures are of these"):
         grm.main()
     assert "6 items, " in capsys.readouterr().out and calls[-2:] == [6, 4]
 
