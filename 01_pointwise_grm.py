@@ -18,10 +18,11 @@ train and add up.
     python 01_pointwise_grm.py --query "Name a prime." --response "Seven." --response "Nine."              judge your own text
 
 Reads preference data in any public layout (`--export` writes it as the JSON Lines that later steps read). Writes runs/01_pointwise_grm/:
-judgements.jsonl (every judgement with its scores), results.json (figures with standard errors, settings, versions), settings.json (for --resume),
-and with --attack attacked.jsonl. A run prints one judgement in full, then accuracy (ties are coin tosses), strict accuracy (Eq. 10: the best
-response scores above all others), ties, position bias, length bias, on demand how often scores written into the worst response win the judge over,
-unreadable outputs, ROC-AUC for single responses; accuracy by subset, by number of responses, and by position of the best response.
+judgements.jsonl (every judgement with its scores), results.json (figures with standard errors, settings, versions), with --attack attacked.jsonl,
+and until the run is over unfinished.json: if it is cut off, the same command goes on. A run prints one judgement in full, then accuracy (ties are
+coin tosses), strict accuracy (Eq. 10: the best response scores above all others), ties, position bias, length bias, on demand how often scores
+written into the worst response win the judge over, unreadable outputs, ROC-AUC for single responses; accuracy by subset, by number of responses,
+and by position of the best response.
 
 Exercises (what is asked for goes into this file: constants and new functions above main(), options into it; the check says what was expected,
 and shows what comes of it)
@@ -52,7 +53,7 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -246,37 +247,38 @@ def mean_and_se(values: list[float], clusters: list) -> tuple[float, float]:
     return mean, math.sqrt(correction * sum(s * s for s in sums.values())) / len(values)
 
 
-def judge_file(model, tokenizer, items: list[Preference], ask: dict, args, path: Path) -> tuple[list[tuple[str, Judgement]], int, str]:
-    """Judge the items and write every judgement to `path`, from what is there already with --resume; returns outputs with what they say, the number
-    of tokens drawn, and why it stopped early, if it did. A few hundred items at a time: an interruption loses only those in flight."""
+def judge_file(model, tokenizer, items: list[Preference], ask: dict, args, path: Path | None, go_on: bool = False) -> tuple[list, int, str]:
+    """Judge the items and write every judgement to `path` (None: nowhere); returns (output, Judgement) pairs, the number of tokens drawn, and why it
+    stopped early, if it did. A few hundred items at a time, after those in the file if it is to go on: a crash costs only those in flight."""
     shots = worked_examples(args.shots, **ask)
     repeated = build_prompt("", [""], **ask).split("\n")[0] if shots else None  # a base model goes on with a next item
     longest = longest_prompt(model, args.max_new_tokens)
     opening = "" if ask["principles"] else "Analysis: Response 1"  # put into the mouth of a judge that would write principles unasked, even here
-    judged, tokens, stopped = taken_over(path, items, 512) if args.resume else [], 0, ""
+    judged, tokens, stopped = taken_over(path, items, 512) if go_on else [], 0, ""
     try:
-        with open(path if RANK == 0 else os.devnull, "a" if args.resume else "w", encoding="utf-8") as file:
-            for first in range(len(judged), len(items), 512):
-                part, chunk = items[first:first + 512], []
-                prompts = [encode(tokenizer, build_prompt(p.query, p.responses, p.reference, **ask), shots)
-                           + tokenizer(opening, add_special_tokens=False)["input_ids"] for p in part]
-                fit = [i for i, prompt in enumerate(prompts) if len(prompt) <= longest]
-                drawn = dict(zip(fit, sample(model, tokenizer, [prompts[i] for i in fit], 1, args.temperature, args.max_new_tokens,
-                                             args.batch_size, args.seed + first, stop=repeated)))
-                for i, item in enumerate(part):
-                    [output] = drawn.get(i, [Sample([], "")])
-                    judgement = read_judgement(opening + output.text, len(item.responses))
-                    if i not in drawn:
-                        judgement.unreadable = f"the prompt of {len(prompts[i])} tokens is too long: the model takes {longest}"
-                    chunk.append((opening + output.text, judgement))
-                    tokens += len(output.ids)
-                judged += chunk
-                file.writelines(json.dumps(asdict(item) | {"output": text} | asdict(judgement), ensure_ascii=False) + "\n"
-                                for item, (text, judgement) in zip(part, chunk))
-                file.flush()
-    except (KeyboardInterrupt, OSError) as stop:
-        stopped = "interrupted" if isinstance(stop, KeyboardInterrupt) else f"cannot write {path}: {stop.strerror}"
-        print(f"\n{(stopped := f'{stopped}: {len(judged)} of {len(items)} items are judged for {path.name}, go on with --resume')}")
+        if path:
+            put(path, lambda aside: aside.write_text(as_lines(items, judged), encoding="utf-8"))
+        for first in range(len(judged), len(items), 512):
+            part, chunk = items[first:first + 512], []
+            prompts = [encode(tokenizer, build_prompt(p.query, p.responses, p.reference, **ask), shots)
+                       + tokenizer(opening, add_special_tokens=False)["input_ids"] for p in part]
+            fit = [i for i, prompt in enumerate(prompts) if len(prompt) <= longest]
+            drawn = dict(zip(fit, sample(model, tokenizer, [prompts[i] for i in fit], 1, args.temperature, args.max_new_tokens,
+                                         args.batch_size, args.seed + first, stop=repeated)))
+            for i, item in enumerate(part):
+                [output] = drawn.get(i, [Sample([], "")])
+                judgement = read_judgement(opening + output.text, len(item.responses))
+                if i not in drawn:
+                    judgement.unreadable = f"the prompt of {len(prompts[i])} tokens is too long: the model takes {longest}"
+                chunk.append((opening + output.text, judgement))
+                tokens += len(output.ids)
+            if path:
+                append(path, as_lines(part, chunk))
+            judged += chunk
+    except (KeyboardInterrupt, DataError) as stop:
+        stopped = str(stop) or "interrupted"
+        stopped += f": {len(judged)} of {len(items)} items are judged for {path.name}; the same command goes on" * bool(path)
+        print(f"\n{stopped}")
     return judged, tokens, stopped
 
 
@@ -299,13 +301,11 @@ def main():
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token; sampling wants 0.5 to 1")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest judgement, in tokens")
     parser.add_argument("--batch-size", type=int, help="rows decoded together; by default what memory holds")
-    parser.add_argument("--resume", action="store_true", help="go on with what --out holds, which must have been judged in the same way")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--out", default="runs/01_pointwise_grm", help="folder for judgements.jsonl and results.json")
     args = parser.parse_args()
     check_options(parser, args, (not 0 <= args.shots <= len(SHOTS), f"--shots must be from 0 to {len(SHOTS)}"),
-                  (bool(args.query) != bool(args.response), "--query and --response go together"),
-                  (bool(args.query) and args.resume, "--query leaves nothing behind that --resume could go on with"))
+                  (bool(args.query) != bool(args.response), "--query and --response go together"))
 
     join_ranks()
     if args.query:  # no truth is known: any rewards do
@@ -316,12 +316,14 @@ def main():
         with writing(args.export):
             export_preferences(items, args.export)
         return print(f"wrote {len(items)} items to {args.export}")
+    out, decides = Path(args.out), what_decides(args, items)
+    go_on = not args.query and was_cut_off(out, decides)
     model, tokenizer = load_model(args.model, args.quantize)
-    ask = {"principles": not args.no_principles, "form": not args.shots or tokenizer.chat_template is not None}
-    out, start = Path(args.out), time.time()
-    if not args.query:  # one's own text leaves nothing behind, and what was judged before it stays
-        begin(out, args)
-    judged, tokens, stopped = judge_file(model, tokenizer, items, ask, args, Path(os.devnull) if args.query else out / "judgements.jsonl")
+    ask, start = {"principles": not args.no_principles, "form": not args.shots or tokenizer.chat_template is not None}, time.time()
+    longest_prompt(model, args.max_new_tokens)  # raises if there is room for none: before an earlier run goes
+    if not args.query and not go_on:  # one's own text leaves nothing behind, and what was judged before it stays
+        begin(out, decides)
+    judged, tokens, stopped = judge_file(model, tokenizer, items, ask, args, None if args.query else out / "judgements.jsonl", go_on)
     if not judged:
         sys.exit(130)
     seconds = time.time() - start
@@ -330,16 +332,17 @@ def main():
         if args.attack and not stopped:
             chosen = [i for i, item in enumerate(items) if len(item.responses) > 1][:args.attack]
             targets, scores = [attacked(items[i]) for i in chosen], [judged[i][1].scores for i in chosen]
-            again, _, stopped = judge_file(model, tokenizer, targets, ask, args, out / "attacked.jsonl")
+            again, _, stopped = judge_file(model, tokenizer, targets, ask, args, out / "attacked.jsonl", go_on)
             after = [judgement.scores for _, judgement in again]
             success = attack_success(targets[:len(after)], scores, after)
             figures["attack"], figures["attack_se"] = mean_and_se(success, [str(item.query) for item in targets])
             figures["attacked"] = sum(is_correct(s, item.rewards) for s, item, _ in zip(scores, targets, after))
-        figures |= {"tokens_per_second": tokens / seconds, "seconds": seconds, "items": len(items), "settings": vars(args),
+        figures |= {"tokens_per_second": tokens / seconds if tokens else math.nan, "seconds": seconds, "items": len(items), "settings": vars(args),
                     "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
-        if RANK == 0:
-            with writing(out / "results.json"):  # JSON has no NaN
-                (out / "results.json").write_text(json.dumps(json.loads(json.dumps(figures), parse_constant=lambda _: None), indent=1) + "\n")
+        results = json.loads(json.dumps(figures), parse_constant=lambda _: None)  # JSON has no NaN
+        put(out / "results.json", lambda aside: aside.write_text(json.dumps(results, indent=1) + "\n"))
+        if RANK == 0 and not stopped:
+            (out / "unfinished.json").unlink(missing_ok=True)
 
     shown = next((i for i, (_, judgement) in enumerate(judged) if len(judgement.scores or ()) > 1), 0)  # the first readable one of a comparison
     text = build_prompt(items[shown].query, items[shown].responses, items[shown].reference, **ask)
@@ -371,42 +374,110 @@ SHOTS = [
 ]
 
 
-def begin(out: Path, args) -> None:
-    """Start a run in the place of the one that `out` holds; or, with --resume, make sure that what that one judged can be taken over. DataError."""
-    path, names = out / "settings.json", ("model", "quantize", "shots", "no_principles", "temperature", "max_new_tokens", "seed")
-    how = {name: getattr(args, name) for name in names}
-    if args.resume:
-        try:
-            was = parse_json(path.read_bytes()) | {}
-        except (OSError, DataError, TypeError):
-            raise DataError(f"--resume: there is no run in {out}, or its settings.json is damaged") from None
-        if changed := [f"{name} {how[name]} (was {was.get(name)})" for name in names if how[name] != was.get(name)]:
-            raise DataError(f"--resume: the run in {out} judged in another way: {', '.join(changed)}; give the same, or name another --out")
+def what_decides(args, items: list[Preference]) -> dict:
+    """What decides the judgements of a run."""
+    names = ("quantize", "shots", "no_principles", "attack", "temperature", "max_new_tokens", "seed")
+    return {name: getattr(args, name) for name in names} | {
+        "model": fingerprint(args.model), "data": zlib.crc32(repr(items).encode()), "prompt": build_prompt("", ["", ""])}
+
+
+def was_cut_off(out: Path, decides: dict) -> bool:
+    """Whether `out` holds a run that was cut off and judged in the same way. Raises DataError if it judged a good deal in another way."""
+    path, judged = out / "unfinished.json", out / "judgements.jsonl"
+    if not path.exists() or not judged.exists():
+        return False
+    was = read_lines(path, lambda record: record | {}, "not what a run has left; delete the file, and all is judged anew")[0]
+    changed = ", ".join(name for name in decides if was.get(name) != decides[name])
+    if changed and judged.read_bytes().count(b"\n") >= 512:
+        raise DataError(f"{out} holds a run that was cut off and had another {changed}: give the same to go on with it, name another --out, or "
+                        f"delete {path} to start anew")
+    return not changed
+
+
+def begin(out: Path, decides: dict) -> None:
+    """Start a run in the place of the one that `out` holds. What decides it lies there until it is over."""
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("results.json",) if args.resume else ("results.json", "attacked.jsonl", "judgements.jsonl"):
+        for name in ("results.json", "attacked.jsonl", "judgements.jsonl") if RANK == 0 else ():
             (out / name).unlink(missing_ok=True)
-        if RANK == 0 and not args.resume:
-            path.write_text(json.dumps(how, indent=1) + "\n")
+    put(out / "unfinished.json", lambda aside: aside.write_text(json.dumps(decides) + "\n"))
 
 
 def taken_over(path: Path, items: list[Preference], chunk: int) -> list[tuple[str, Judgement]]:
-    """What an earlier run has judged of the items, in whole chunks; what else is in the file is cut off. Raises DataError."""
-    lines, judged = path.read_bytes().split(b"\n")[:-1] if path.exists() else [], []  # the last one is empty, or was cut off in writing
-    if len(lines) > len(items):
-        raise DataError(f"{path} holds {len(lines)} judgements where {len(items)} belong: give the same --data and --limit, or name another --out")
-    lines = lines if len(lines) == len(items) else lines[:len(lines) // chunk * chunk]
-    for number, (line, item) in enumerate(zip(lines, items), 1):
-        try:
-            record = parse_json(line)
-            if {name: record[name] for name in vars(item)} != vars(item):
-                raise ValueError
-            judged.append((record["output"], Judgement(*(record[field.name] for field in fields(Judgement)))))
-        except (KeyError, TypeError, ValueError):  # DataError is one
-            raise DataError(f"{path}:{number}: not a judgement of item {number} of --data; leave --resume out, or name another --out") from None
-    if RANK == 0 and path.exists():
-        os.truncate(path, sum(len(line) + 1 for line in lines))
+    """What is judged of the items in `path`, in whole chunks. Raises DataError."""
+    expected, judged = "not a judgement; delete the file, and it is judged anew", []
+    outputs = read_lines(path, lambda record: (record["output"] + "", record["unreadable"] + ""), expected, ours=True) if path.exists() else []
+    for item, (output, unreadable) in zip(items, outputs if len(outputs) >= len(items) else outputs[:len(outputs) // chunk * chunk]):
+        judged.append((output, read_judgement(output, len(item.responses))))
+        judged[-1][1].unreadable = unreadable
     return judged
+
+
+def beneath(model: str) -> str:
+    """The model that an adapter in the folder `model` was trained on; `model` itself if there is none (or none that can be read)."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return json.loads(Path(model, "adapter_config.json").read_text())["base_model_name_or_path"]
+    return model
+
+
+def fingerprint(model: str) -> list:
+    """What tells a model's weights from others without reading them: the names, sizes and times of its files; a Hub name stands for itself."""
+    path, base = Path(model), beneath(model)
+    if not path.exists():
+        return [model]
+    files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.exists()]  # a link may lead nowhere
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files] + (fingerprint(base) if base != model else [])
+
+
+def append(path: Path, text: str) -> None:
+    if RANK == 0:
+        with writing(path), open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def put(path: Path, write) -> None:
+    """Make a file or folder whole or not at all: `write` gets a path aside, which then takes the place of `path`. Rank 0 does; all wait."""
+    if RANK == 0:
+        aside = path.with_name(f"{path.name}.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        with writing(path):
+            write(aside)
+            if aside.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            os.replace(aside, path)
+    if RANKS > 1:
+        torch.distributed.barrier()
+
+
+def as_lines(items: list[Preference], judged: list[tuple[str, Judgement]]) -> str:
+    return "".join(json.dumps(asdict(item) | {"output": output} | asdict(judgement), ensure_ascii=False) + "\n"
+                   for item, (output, judgement) in zip(items, judged))
+
+
+def read_lines(path: str | Path, make: Callable, expected: str, ours: bool = False) -> list:
+    """make(record) of every line of JSON Lines. ours: the file grows in a run, and a last line that was cut off in writing is passed over. Raises
+    DataError that starts with "path:line:" and says what `make` does or, if it raises another error or the file is ours, what is `expected`."""
+    made = []
+    try:
+        lines = Path(path).read_bytes().split(b"\n")  # as bytes: a U+2028 within a text ends no line
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    for number, line in enumerate(lines[:-1] if ours else lines, 1):
+        try:
+            made += [make(parse_json(line))] if line.strip() or ours else []
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # DataError is a ValueError
+            raise DataError(f"{path}:{number}: {error if isinstance(error, DataError) and not ours else expected}") from None
+    if not made and not ours:
+        raise DataError(f"{path}: no records")
+    return made
+
+
+def parse_json(text: bytes) -> object:
+    """Return the JSON value in UTF-8 `text`, with or without a byte order mark. Raises: DataError (without a file or line)."""
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer of 5000 digits, brackets 5000 deep
+        raise DataError(f"invalid JSON: {error}") from None
 
 
 def worked_examples(count: int, principles: bool = True, form: bool = True) -> list[tuple[str, str]]:
@@ -474,6 +545,17 @@ def attack_success(items: list[Preference], scores: list[list[float] | None], af
     return mean_among(flipped, [is_correct(s, item.rewards) for item, s in zip(items, scores)])
 
 
+def values_of(shown: list, scores: list[list[float] | None]) -> dict[str, tuple[list[float], list]]:
+    """What is measured of scores: name -> (values, what each is of); a figure is the mean of its values. Of comparisons alone, but "unreadable"."""
+    many, of_many = [p for p in shown if len(p.responses) > 1], [s for p, s in zip(shown, scores) if len(p.responses) > 1]
+    values = {"accuracy": [chance_of_best(s, p.rewards) for p, s in zip(many, of_many)],
+              "strict": [is_correct(s, p.rewards) for p, s in zip(many, of_many)],
+              "ties": [s is not None and s.count(max(s)) > 1 for s in of_many],
+              "position_bias": bias("position", many, of_many), "length_bias": bias("length", many, of_many),
+              "longest": [chance_of_best([len(r) for r in p.responses], p.rewards) for p in many]}
+    return {name: (list(map(float, of_name)), many) for name, of_name in values.items()} | {"unreadable": ([float(s is None) for s in scores], shown)}
+
+
 def measure(preferences: list[Preference], scores: list[list[float] | None]) -> dict:
     """Figures of scores (one list per preference, None if unreadable) against the truth.
 
@@ -481,37 +563,20 @@ def measure(preferences: list[Preference], scores: list[list[float] | None]) -> 
     see `bias`; unreadable: of all items; longest: accuracy of choosing the longest response; auc: of n = 1, whose scores need not be 0 and 1 and
     so have no strict accuracy. Each with a standard error `..._se`, clustered by query.
     """
-    pairs = list(zip(preferences, scores))
-    many = [(p, s) for p, s in pairs if len(p.responses) > 1]
-    single = [(p, s) for p, s in pairs if len(p.responses) == 1]
-
-    def mean_of(value, of):
-        return mean_and_se([float(value(p, s)) for p, s in of], [str(p.query) for p, _ in of])
-
-    def accuracy_by(key):
-        groups, in_order = {}, lambda group: (len(group[0]) if group[0].isdigit() else 0, group[0])  # 2 before 10
-        for p, s in many:
-            groups.setdefault(str(key(p)), []).append((p, s))
-        rows = {}
-        for name, group in sorted(groups.items(), key=in_order):
-            mean, se = mean_of(lambda p, s: chance_of_best(s, p.rewards), group)
-            rows[name] = {"accuracy": mean, "accuracy_se": se, "n": len(group)}
-        return rows
-
-    queries, columns = [str(p.query) for p, _ in many], ([p for p, _ in many], [s for _, s in many])
-    figures = {"accuracy": mean_of(lambda p, s: chance_of_best(s, p.rewards), many),
-               "strict": mean_of(lambda p, s: is_correct(s, p.rewards), many),
-               "ties": mean_of(lambda p, s: s is not None and s.count(max(s)) > 1, many),
-               "position_bias": mean_and_se(bias("position", *columns), queries),
-               "length_bias": mean_and_se(bias("length", *columns), queries),
-               "unreadable": mean_of(lambda p, s: s is None, pairs),
-               "longest": mean_of(lambda p, s: chance_of_best([len(r) for r in p.responses], p.rewards), many),
-               "auc": mean_and_se(roc_auc([s and s[0] for _, s in single], [p.rewards[0] > 0 for p, _ in single]), [str(p.query) for p, _ in single])}
-    result = {"n": len(pairs), "n_many": len(many), "n_single": len(single)}
-    for name, (mean, se) in figures.items():
-        result |= {name: mean, f"{name}_se": se}
-    return result | {"by_subset": accuracy_by(lambda p: p.subset), "by_n": accuracy_by(lambda p: len(p.responses)),
-                     "by_position": accuracy_by(lambda p: p.rewards.index(max(p.rewards)) + 1)}
+    single, of_single = [p for p in preferences if len(p.responses) == 1], [s and s[0] for p, s in zip(preferences, scores) if len(p.responses) == 1]
+    values = values_of(preferences, scores) | {"auc": (roc_auc(of_single, [p.rewards[0] > 0 for p in single]), single)}
+    result = {"n": len(preferences), "n_many": len(preferences) - len(single), "n_single": len(single)}
+    for name, (of_name, of) in values.items():
+        result[name], result[f"{name}_se"] = mean_and_se(of_name, [str(p.query) for p in of])
+    accuracy = list(zip(*values["accuracy"]))
+    for title, key in (("by_subset", lambda p: p.subset), ("by_n", lambda p: len(p.responses)),
+                       ("by_position", lambda p: p.rewards.index(max(p.rewards)) + 1)):
+        result[title] = {}
+        for group in sorted({key(p) for _, p in accuracy}):
+            chosen = [(value, str(p.query)) for value, p in accuracy if key(p) == group]
+            mean, se = mean_and_se(*zip(*chosen))
+            result[title][str(group)] = {"accuracy": mean, "accuracy_se": se, "n": len(chosen)}
+    return result
 
 
 def report(figures: dict) -> str:
@@ -1067,7 +1132,7 @@ def writing(path: str | Path):
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own for it
         reason = getattr(error, "strerror", None) or f"{str(error).splitlines()[0]} (is the disk full?)"
-        raise DataError(f"cannot write {path}: {reason}; make room or choose another place; training goes on with --resume") from None
+        raise DataError(f"cannot write {path}: {reason}; make room or choose another place; then go on (steps 2, 3 and 5: with --resume)") from None
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------------
@@ -1251,14 +1316,6 @@ def parse_transcript(text: str) -> list[dict]:
     if start or not parts:
         raise DataError("there is no prompt, and chosen or rejected is not a transcript that starts with Human:")
     return [{"role": ROLES[role.lower()], "content": content.strip()} for role, content in zip(parts[::2], parts[1::2])]
-
-
-def parse_json(text: bytes) -> object:
-    """Return the JSON value in UTF-8 `text`, with or without a byte order mark. Raises: DataError (without a file or line)."""
-    try:
-        return json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer of 5000 digits, brackets 5000 deep
-        raise DataError(f"invalid JSON: {error}") from None
 
 
 if __name__ == "__main__":

@@ -355,15 +355,14 @@ def main():
         hard = hard_items(lambda: (model, tokenizer), items, args, out)
         set_trainable(model, args)
         train(model, tokenizer, items, hard, others, args, out)
-        put(out / "model", lambda aside: save_model(model, tokenizer, aside, args.model))
+        put(out / "model", lambda aside: save_model(model, tokenizer, aside))
         model = None  # its memory is free before what was saved is loaded, which is what is measured
         model, tokenizer = load_model(out / "model", args.quantize)
         after = evaluate(lambda: (model, tokenizer), others, args, out / "after")
     except KeyboardInterrupt:
         sys.exit(f"\ninterrupted; go on with: {shlex.join(['python', *sys.argv] + ['--resume'] * (not args.resume))}")
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    at_first = [is_correct(scores, item.rewards) for scores, item in zip(before["greedy"][:args.watch], others)]
-    put(out / "training.png", lambda aside: plot(lines, at_first, aside))
+    put(out / "training.png", lambda aside: plot(lines, [t.correct for t in before["greedy"][:args.watch]], aside))
     results = {"figures": compare(others, before, after), "hard": len(hard), "last": lines[-1], "seconds": time.time() - start,
                "settings": vars(args), "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
     print(table_of(results["figures"]))
@@ -556,6 +555,52 @@ def mean_and_se(values: list[float], clusters: list) -> tuple[float, float]:
     return mean, math.sqrt(correction * sum(s * s for s in sums.values())) / len(values)
 
 
+def append(path: Path, text: str) -> None:
+    if RANK == 0:
+        with writing(path), open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def put(path: Path, write) -> None:
+    """Make a file or folder whole or not at all: `write` gets a path aside, which then takes the place of `path`. Rank 0 does; all wait."""
+    if RANK == 0:
+        aside = path.with_name(f"{path.name}.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        with writing(path):
+            write(aside)
+            if aside.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            os.replace(aside, path)
+    if RANKS > 1:
+        torch.distributed.barrier()
+
+
+def read_lines(path: str | Path, make: Callable, expected: str, ours: bool = False) -> list:
+    """make(record) of every line of JSON Lines. ours: the file grows in a run, and a last line that was cut off in writing is passed over. Raises
+    DataError that starts with "path:line:" and says what `make` does or, if it raises another error or the file is ours, what is `expected`."""
+    made = []
+    try:
+        lines = Path(path).read_bytes().split(b"\n")  # as bytes: a U+2028 within a text ends no line
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    for number, line in enumerate(lines[:-1] if ours else lines, 1):
+        try:
+            made += [make(parse_json(line))] if line.strip() or ours else []
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # DataError is a ValueError
+            raise DataError(f"{path}:{number}: {error if isinstance(error, DataError) and not ours else expected}") from None
+    if not made and not ours:
+        raise DataError(f"{path}: no records")
+    return made
+
+
+def parse_json(text: bytes) -> object:
+    """Return the JSON value in UTF-8 `text`, with or without a byte order mark. Raises: DataError (without a file or line)."""
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer of 5000 digits, brackets 5000 deep
+        raise DataError(f"invalid JSON: {error}") from None
+
+
 def mean_among(values: list[float], chosen: list[bool]) -> list[float]:
     """Values, one per item, whose mean is that of `values` over the chosen items and whose spread gives its standard error (the delta method, for
     the number of chosen items varies too). Differences of two such lists are paired. nan if none is chosen."""
@@ -597,6 +642,17 @@ def attack_success(items: list[Preference], scores: list[list[float] | None], af
     """How many of the items that were judged right (Eq. 10) are judged for the worst response once it is attacked. Values as from mean_among."""
     flipped = [is_correct(s, [-reward for reward in item.rewards]) for item, s in zip(items, after)]  # Eq. 10 with the truth upside down
     return mean_among(flipped, [is_correct(s, item.rewards) for item, s in zip(items, scores)])
+
+
+def values_of(shown: list, scores: list[list[float] | None]) -> dict[str, tuple[list[float], list]]:
+    """What is measured of scores: name -> (values, what each is of); a figure is the mean of its values. Of comparisons alone, but "unreadable"."""
+    many, of_many = [p for p in shown if len(p.responses) > 1], [s for p, s in zip(shown, scores) if len(p.responses) > 1]
+    values = {"accuracy": [chance_of_best(s, p.rewards) for p, s in zip(many, of_many)],
+              "strict": [is_correct(s, p.rewards) for p, s in zip(many, of_many)],
+              "ties": [s is not None and s.count(max(s)) > 1 for s in of_many],
+              "position_bias": bias("position", many, of_many), "length_bias": bias("length", many, of_many),
+              "longest": [chance_of_best([len(r) for r in p.responses], p.rewards) for p in many]}
+    return {name: (list(map(float, of_name)), many) for name, of_name in values.items()} | {"unreadable": ([float(s is None) for s in scores], shown)}
 
 
 # `torchrun --nproc-per-node N` starts N processes, one per GPU, and tells each its rank; alone we are rank 0 of 1.
@@ -1126,7 +1182,7 @@ def writing(path: str | Path):
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own for it
         reason = getattr(error, "strerror", None) or f"{str(error).splitlines()[0]} (is the disk full?)"
-        raise DataError(f"cannot write {path}: {reason}; make room or choose another place; training goes on with --resume") from None
+        raise DataError(f"cannot write {path}: {reason}; make room or choose another place; then go on (steps 2, 3 and 5: with --resume)") from None
 
 
 def convert_gguf(path: Path) -> str:
@@ -1156,14 +1212,6 @@ def convert_gguf(path: Path) -> str:
             raise ModelError(f"cannot write {folder}: make room, or set SPCT_CACHE to another folder")
         shutil.rmtree(aside, ignore_errors=True)
     return str(folder)
-
-
-def parse_json(text: bytes) -> object:
-    """Return the JSON value in UTF-8 `text`, with or without a byte order mark. Raises: DataError (without a file or line)."""
-    try:
-        return json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer of 5000 digits, brackets 5000 deep
-        raise DataError(f"invalid JSON: {error}") from None
 
 
 @dataclass
@@ -1219,9 +1267,10 @@ def judge_and_keep(load: Callable, shown: list[Trajectory], temperature: float, 
                    decide: Callable = lambda judged: None) -> list[Trajectory]:
     """Let the model that load() gives judge what is shown, `chunk` judgements at a time; the file `path` grows by these, each chunk as decide(chunk)
     leaves it, and what an earlier run left in it is taken over. Returns all judgements. Raises DataError if the file cannot be theirs."""
-    done = []
+    done = read_trajectories(path) if path.exists() else []
+    if len(done) > len(shown):
+        raise DataError(f"{path}: {len(done)} judgements where {len(shown)} belong (two runs at once?); delete it, and they are sampled again")
     if path.exists():
-        done = read_trajectories(path, len(shown))
         if len(done) < len(shown):
             del done[len(done) // chunk * chunk:]  # a chunk that was cut off in writing
             put(path, lambda aside: aside.write_text("".join(t.line() for t in done), encoding="utf-8"))
@@ -1303,49 +1352,23 @@ def set_trainable(model, args) -> None:
             model.float()
 
 
-def read_lines(path: str | Path) -> list[bytes]:
-    """The lines of a file, as bytes: a U+2028 within a text ends no line. Raises DataError."""
-    try:
-        return Path(path).read_bytes().split(b"\n")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-
-
 def load_lines(path: str | Path) -> list[Preference]:
-    """Read preferences from JSON Lines of {"query", "responses", "rewards"} and optionally {"subset", "reference", "id"}.
+    """Read preferences from JSON Lines of {"query", "responses", "rewards"} and optionally {"subset", "reference", "id"}, in the file's order. Raises
+    DataError."""
+    def preference(record):
+        item = Preference(**{field.name: record[field.name] for field in fields(Preference) if field.name in record})
+        if len(item.rewards) == 1 and item.rewards[0] not in (0, 1):
+            raise DataError("the reward of a single response must be 1 (right) or 0 (wrong), as its score is")
+        return item
 
-    Returns them in the file's order. Raises DataError that starts with "path:line:", or "path:" if it is about the whole file.
-    """
-    preferences = []
-    for number, line in enumerate(read_lines(path), 1):
-        try:
-            record = parse_json(line) if line.strip() else None
-            if isinstance(record, dict) and record.keys() >= {"query", "responses", "rewards"}:
-                preferences.append(Preference(**{field.name: record[field.name] for field in fields(Preference) if field.name in record}))
-                if preferences[-1].rewards not in ([0.0], [1.0]) and len(preferences[-1].rewards) == 1:
-                    raise DataError("the reward of a single response must be 1 (right) or 0 (wrong), as its score is")
-            elif line.strip():
-                raise DataError("expected query, responses, rewards; convert it with: "
-                                f"python 01_pointwise_grm.py --data {path} --export OUT.jsonl")
-        except DataError as error:
-            raise DataError(f"{path}:{number}: {error}") from None
-    if not preferences:
-        raise DataError(f"{path}: no records")
-    return preferences
+    return read_lines(path, preference, "expected query, responses, rewards; convert it with: "
+                      f"python 01_pointwise_grm.py --data {path} --export OUT.jsonl")
 
 
-def read_trajectories(path: str | Path, most: int | None = None) -> list[Trajectory]:
-    """Read a file of trajectories, but not a last line that was cut off in writing. Raises DataError that starts with "path:line:", or "path:" if
-    there are more than `most`."""
-    trajectories = []
-    for number, line in enumerate(read_lines(path)[:-1], 1):
-        try:
-            trajectories.append(Trajectory(**parse_json(line)))
-        except (TypeError, DataError):
-            raise DataError(f"{path}:{number}: not a sampled judgement; delete the file, and it will be sampled again") from None
-    if most is not None and len(trajectories) > most:
-        raise DataError(f"{path}: {len(trajectories)} judgements where {most} belong (two runs at once?); delete it, and they are sampled again")
-    return trajectories
+def read_trajectories(path: str | Path) -> list[Trajectory]:
+    """Read a file of trajectories, but not a last line that was cut off in writing. Raises DataError."""
+    expected = "not a sampled judgement; delete the file, and it will be sampled again"
+    return read_lines(path, lambda record: Trajectory(**record), expected, ours=True)
 
 
 def ballots(items: list[Preference], k: int, seed: str, binary: bool = False) -> list[Trajectory]:
@@ -1365,15 +1388,12 @@ def examples_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
 
 def micro_batches(examples: list, tokens: int) -> list[list]:
     """Split what starts with a prompt and a completion into batches of similar length, of at most `tokens` tokens with padding (or of one)."""
-    def length(one):
-        return len(one[0]) + len(one[1])
-
-    batches = []
-    for one in sorted(examples, key=length, reverse=True):
-        if batches and length(batches[-1][0]) * (len(batches[-1]) + 1) <= tokens:
-            batches[-1].append(one)
-        else:
-            batches.append([one])
+    batches, width = [], 0
+    for one in sorted(examples, key=lambda one: len(one[0]) + len(one[1]), reverse=True):
+        if not batches or width * (len(batches[-1]) + 1) > tokens:
+            batches.append([])
+            width = len(one[0]) + len(one[1])
+        batches[-1].append(one)
     return batches
 
 
@@ -1413,26 +1433,6 @@ def open_run(out: Path, settings: dict, resume: bool) -> None:
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     put(path, lambda aside: aside.write_text(json.dumps(settings, indent=1) + "\n"))
-
-
-def append(path: Path, text: str) -> None:
-    if RANK == 0:
-        with writing(path), open(path, "a", encoding="utf-8") as file:
-            file.write(text)
-
-
-def put(path: Path, write) -> None:
-    """Make a file or folder whole or not at all: `write` gets a path aside, which then takes the place of `path`. Rank 0 does; all wait."""
-    if RANK == 0:
-        aside = path.with_name(f"{path.name}.tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        with writing(path):
-            write(aside)
-            if aside.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            os.replace(aside, path)
-    if RANKS > 1:
-        torch.distributed.barrier()
 
 
 def save_if_due(out: Path, step: int, parameters: dict, optimizer, wish: list, due: bool) -> None:
@@ -1481,15 +1481,12 @@ def total(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
-def save_model(model, tokenizer, folder: Path, base: str) -> None:
+def save_model(model, tokenizer, folder: Path) -> None:
     """Save all weights in Hugging Face's format, or, if the model has adapters, them alone in PEFT's."""
     adapters = {name: module for name, module in model.named_modules() if isinstance(module, LoRA)}
     if adapters:
         folder.mkdir()
-        adapter = Path(base, "adapter_config.json")  # training went on with an adapter: its base is ours
-        if adapter.exists():
-            base = json.loads(adapter.read_text())["base_model_name_or_path"]
-        base = os.path.abspath(base) if os.path.exists(base) else base
+        base = os.path.abspath(model.name_or_path) if os.path.exists(model.name_or_path) else model.name_or_path  # beneath an adapter, too
         r, scaling = next((module.lora_A.out_features, module.scaling) for module in adapters.values())
         config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": r, "lora_alpha": scaling * r,
                   "target_modules": sorted({name.split(".")[-1] for name in adapters})}
@@ -1503,37 +1500,30 @@ def save_model(model, tokenizer, folder: Path, base: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def evaluate(load: Callable, items: list[Preference], args, path: Path) -> dict[str, list]:
+def evaluate(load: Callable, items: list[Preference], args, path: Path) -> dict[str, list[Trajectory]]:
     """Judge every item greedily, the first 100 greedily under attack, and every one --k times at temperature 0.5, the responses shuffled anew each
-    time. The judgements are kept in `path`_greedy.jsonl, ..., and taken over from there. Returns scores in the items' own order, None if unreadable:
-    {"greedy": one per item, "attacked": likewise, of the first, "samples": k per item, "shown": the samples as Trajectories, as they were judged}."""
+    time: "greedy", "attacked", "samples". The judgements are kept in `path`_greedy.jsonl, ..., and taken over from there."""
     kinds = {"greedy": [show(item, number, "evaluation") for number, item in enumerate(items)],
              "attacked": [show(attacked(item), number, "evaluation") for number, item in enumerate(items[:100])],
              "samples": ballots(items, args.k, "evaluation")}
-    result = {}
-    for kind, shown in kinds.items():
-        chunk = max(1, (1024 if torch.cuda.is_available() else 4096) // args.k) * args.k  # on a GPU, models are large, and 4096 take a while
-        temperature, file = 0.5 * (kind == "samples"), path.with_name(f"{path.name}_{kind}.jsonl")
-        kinds[kind] = judge_and_keep(load, shown, temperature, args, args.seed + 10**6, file, chunk)
-        result[kind] = [t.scores and [score for _, score in sorted(zip(t.order, t.scores))] for t in kinds[kind]]
-    samples = result["samples"]
-    return result | {"samples": [samples[i:i + args.k] for i in range(0, len(samples), args.k)], "shown": kinds["samples"]}
+    chunk = max(1, (1024 if torch.cuda.is_available() else 4096) // args.k) * args.k  # on a GPU, models are large, and 4096 take a while
+    return {kind: judge_and_keep(load, shown, 0.5 * (kind == "samples"), args, args.seed + 10**6, path.with_name(f"{path.name}_{kind}.jsonl"), chunk)
+            for kind, shown in kinds.items()}
 
 
 def compare(items: list[Preference], before: dict, after: dict) -> dict[str, dict[str, float]]:
-    """Figures before and after, with the standard error of each and of their difference on the same items, clustered by query. "one sample" is
-    the mean over an item's k samples: what one draw is worth on average. For the biases and the attack see `bias` and `attack_success`."""
+    """Figures of two runs of `evaluate`, with the standard error of each and of their difference on the same items, clustered by query. "one sample"
+    is the mean over all samples: what one draw is worth on average. For the biases and the attack see `bias` and `attack_success`."""
     def figures_of(run):  # title -> (values, what each of them is of)
-        samples, shown, some = run["samples"], run["shown"], items[:len(run["attacked"])]
-        summed = [[[sum(column) for column in zip(*filter(None, of_item))] or None] for of_item in samples]
-        ways = {"greedy": [[scores] for scores in run["greedy"]], "one sample": samples, f"{len(samples[0])} summed": summed}
-        found = {f"{way}, {name}": [sum(value(scores, item.rewards) for scores in of_item) / len(of_item) for of_item, item in zip(judged, items)]
-                 for way, judged in ways.items() for name, value in (("strict", is_correct), ("accuracy", chance_of_best))}
-        found["one sample, unreadable"] = [of_item.count(None) / len(of_item) for of_item in samples]
-        found = {title: (values, items) for title, values in found.items()}
-        for trait in TRAITS:
-            found[f"one sample, {trait} bias"] = bias(trait, shown, [t.scores for t in shown]), shown
-        return found | {"greedy, attack success": (attack_success(some, run["greedy"][:len(some)], run["attacked"]), some)}
+        greedy, again, samples = run["greedy"][:len(run["attacked"])], run["attacked"], run["samples"]
+        k, scores = len(samples) // len(items), [t.scores and [score for _, score in sorted(zip(t.order, t.scores))] for t in samples]
+        sums = [[sum(column) for column in zip(*filter(None, scores[i:i + k]))] or None for i in range(0, len(scores), k)]
+        ways = {"greedy": values_of(run["greedy"], [t.scores for t in run["greedy"]]),
+                "one sample": values_of(samples, [t.scores for t in samples]), f"{k} summed": values_of(items, sums)}
+        wanted = [(way, name) for way in ways for name in ("strict", "accuracy")]
+        wanted += [("one sample", name) for name in ("unreadable", "position_bias", "length_bias")]
+        found = {f"{way}, {name.replace('_', ' ')}": ways[way][name] for way, name in wanted}
+        return found | {"greedy, attack success": (attack_success(again, [t.scores for t in greedy], [t.scores for t in again]), again)}
 
     figures, new = {}, figures_of(after)
     for title, (old, of) in figures_of(before).items():

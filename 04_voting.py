@@ -258,22 +258,6 @@ def main():
 # How the votes are shown and samples kept apart: the table, the plot, the page.
 # ------------------------------------------------------------------------------------------------------------------------------------------
 
-def beneath(model: str) -> str:
-    """The model that an adapter in the folder `model` was trained on; `model` itself if there is none (or none that can be read)."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return json.loads(Path(model, "adapter_config.json").read_text())["base_model_name_or_path"]
-    return model
-
-
-def fingerprint(model: str) -> list:
-    """What tells a model's weights from others without reading them: the names, sizes and times of its files; a Hub name stands for itself."""
-    path, base = Path(model), beneath(model)
-    if not path.exists():
-        return [model]
-    files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.exists()]  # a link may lead nowhere
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files] + (fingerprint(base) if base != model else [])
-
-
 def percent(figure: list[float], sign: str = "") -> str:
     """A figure with its interval: "75.0 [72.1, 77.9]"; nothing if it is not a number."""
     mean, low, high = (100 * value for value in figure)
@@ -561,6 +545,68 @@ def chance_of_best(scores: list[float] | None, rewards: list[float]) -> float:
     """Chance that the argmax of scores, ties broken by a fair coin, is the best of n >= 2 responses; unreadable scores tie all."""
     scores = [0] * len(rewards) if scores is None else scores
     return float(scores[rewards.index(max(rewards))] == max(scores)) / scores.count(max(scores))
+
+
+def beneath(model: str) -> str:
+    """The model that an adapter in the folder `model` was trained on; `model` itself if there is none (or none that can be read)."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return json.loads(Path(model, "adapter_config.json").read_text())["base_model_name_or_path"]
+    return model
+
+
+def fingerprint(model: str) -> list:
+    """What tells a model's weights from others without reading them: the names, sizes and times of its files; a Hub name stands for itself."""
+    path, base = Path(model), beneath(model)
+    if not path.exists():
+        return [model]
+    files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.exists()]  # a link may lead nowhere
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files] + (fingerprint(base) if base != model else [])
+
+
+def append(path: Path, text: str) -> None:
+    if RANK == 0:
+        with writing(path), open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def put(path: Path, write) -> None:
+    """Make a file or folder whole or not at all: `write` gets a path aside, which then takes the place of `path`. Rank 0 does; all wait."""
+    if RANK == 0:
+        aside = path.with_name(f"{path.name}.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        with writing(path):
+            write(aside)
+            if aside.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            os.replace(aside, path)
+    if RANKS > 1:
+        torch.distributed.barrier()
+
+
+def read_lines(path: str | Path, make: Callable, expected: str, ours: bool = False) -> list:
+    """make(record) of every line of JSON Lines. ours: the file grows in a run, and a last line that was cut off in writing is passed over. Raises
+    DataError that starts with "path:line:" and says what `make` does or, if it raises another error or the file is ours, what is `expected`."""
+    made = []
+    try:
+        lines = Path(path).read_bytes().split(b"\n")  # as bytes: a U+2028 within a text ends no line
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    for number, line in enumerate(lines[:-1] if ours else lines, 1):
+        try:
+            made += [make(parse_json(line))] if line.strip() or ours else []
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # DataError is a ValueError
+            raise DataError(f"{path}:{number}: {error if isinstance(error, DataError) and not ours else expected}") from None
+    if not made and not ours:
+        raise DataError(f"{path}: no records")
+    return made
+
+
+def parse_json(text: bytes) -> object:
+    """Return the JSON value in UTF-8 `text`, with or without a byte order mark. Raises: DataError (without a file or line)."""
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer of 5000 digits, brackets 5000 deep
+        raise DataError(f"invalid JSON: {error}") from None
 
 
 def roc_auc(scores: list[float | None], labels: list[bool]) -> list[float]:
@@ -1106,7 +1152,7 @@ def writing(path: str | Path):
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own for it
         reason = getattr(error, "strerror", None) or f"{str(error).splitlines()[0]} (is the disk full?)"
-        raise DataError(f"cannot write {path}: {reason}; make room or choose another place; training goes on with --resume") from None
+        raise DataError(f"cannot write {path}: {reason}; make room or choose another place; then go on (steps 2, 3 and 5: with --resume)") from None
 
 
 def convert_gguf(path: Path) -> str:
@@ -1136,14 +1182,6 @@ def convert_gguf(path: Path) -> str:
             raise ModelError(f"cannot write {folder}: make room, or set SPCT_CACHE to another folder")
         shutil.rmtree(aside, ignore_errors=True)
     return str(folder)
-
-
-def parse_json(text: bytes) -> object:
-    """Return the JSON value in UTF-8 `text`, with or without a byte order mark. Raises: DataError (without a file or line)."""
-    try:
-        return json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer of 5000 digits, brackets 5000 deep
-        raise DataError(f"invalid JSON: {error}") from None
 
 
 @dataclass
@@ -1199,9 +1237,10 @@ def judge_and_keep(load: Callable, shown: list[Trajectory], temperature: float, 
                    decide: Callable = lambda judged: None) -> list[Trajectory]:
     """Let the model that load() gives judge what is shown, `chunk` judgements at a time; the file `path` grows by these, each chunk as decide(chunk)
     leaves it, and what an earlier run left in it is taken over. Returns all judgements. Raises DataError if the file cannot be theirs."""
-    done = []
+    done = read_trajectories(path) if path.exists() else []
+    if len(done) > len(shown):
+        raise DataError(f"{path}: {len(done)} judgements where {len(shown)} belong (two runs at once?); delete it, and they are sampled again")
     if path.exists():
-        done = read_trajectories(path, len(shown))
         if len(done) < len(shown):
             del done[len(done) // chunk * chunk:]  # a chunk that was cut off in writing
             put(path, lambda aside: aside.write_text("".join(t.line() for t in done), encoding="utf-8"))
@@ -1215,74 +1254,28 @@ def judge_and_keep(load: Callable, shown: list[Trajectory], temperature: float, 
     return done
 
 
-def read_lines(path: str | Path) -> list[bytes]:
-    """The lines of a file, as bytes: a U+2028 within a text ends no line. Raises DataError."""
-    try:
-        return Path(path).read_bytes().split(b"\n")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-
-
 def load_lines(path: str | Path) -> list[Preference]:
-    """Read preferences from JSON Lines of {"query", "responses", "rewards"} and optionally {"subset", "reference", "id"}.
+    """Read preferences from JSON Lines of {"query", "responses", "rewards"} and optionally {"subset", "reference", "id"}, in the file's order. Raises
+    DataError."""
+    def preference(record):
+        item = Preference(**{field.name: record[field.name] for field in fields(Preference) if field.name in record})
+        if len(item.rewards) == 1 and item.rewards[0] not in (0, 1):
+            raise DataError("the reward of a single response must be 1 (right) or 0 (wrong), as its score is")
+        return item
 
-    Returns them in the file's order. Raises DataError that starts with "path:line:", or "path:" if it is about the whole file.
-    """
-    preferences = []
-    for number, line in enumerate(read_lines(path), 1):
-        try:
-            record = parse_json(line) if line.strip() else None
-            if isinstance(record, dict) and record.keys() >= {"query", "responses", "rewards"}:
-                preferences.append(Preference(**{field.name: record[field.name] for field in fields(Preference) if field.name in record}))
-                if preferences[-1].rewards not in ([0.0], [1.0]) and len(preferences[-1].rewards) == 1:
-                    raise DataError("the reward of a single response must be 1 (right) or 0 (wrong), as its score is")
-            elif line.strip():
-                raise DataError("expected query, responses, rewards; convert it with: "
-                                f"python 01_pointwise_grm.py --data {path} --export OUT.jsonl")
-        except DataError as error:
-            raise DataError(f"{path}:{number}: {error}") from None
-    if not preferences:
-        raise DataError(f"{path}: no records")
-    return preferences
+    return read_lines(path, preference, "expected query, responses, rewards; convert it with: "
+                      f"python 01_pointwise_grm.py --data {path} --export OUT.jsonl")
 
 
-def read_trajectories(path: str | Path, most: int | None = None) -> list[Trajectory]:
-    """Read a file of trajectories, but not a last line that was cut off in writing. Raises DataError that starts with "path:line:", or "path:" if
-    there are more than `most`."""
-    trajectories = []
-    for number, line in enumerate(read_lines(path)[:-1], 1):
-        try:
-            trajectories.append(Trajectory(**parse_json(line)))
-        except (TypeError, DataError):
-            raise DataError(f"{path}:{number}: not a sampled judgement; delete the file, and it will be sampled again") from None
-    if most is not None and len(trajectories) > most:
-        raise DataError(f"{path}: {len(trajectories)} judgements where {most} belong (two runs at once?); delete it, and they are sampled again")
-    return trajectories
+def read_trajectories(path: str | Path) -> list[Trajectory]:
+    """Read a file of trajectories, but not a last line that was cut off in writing. Raises DataError."""
+    expected = "not a sampled judgement; delete the file, and it will be sampled again"
+    return read_lines(path, lambda record: Trajectory(**record), expected, ours=True)
 
 
 def ballots(items: list[Preference], k: int, seed: str, binary: bool = False) -> list[Trajectory]:
     """k judgements to be made of every item, each with an order of its own. binary: single responses are to be scored 0 or 1."""
     return [show(item, number, f"{seed} {i}", binary=binary and len(item.responses) == 1) for number, item in enumerate(items) for i in range(k)]
-
-
-def append(path: Path, text: str) -> None:
-    if RANK == 0:
-        with writing(path), open(path, "a", encoding="utf-8") as file:
-            file.write(text)
-
-
-def put(path: Path, write) -> None:
-    """Make a file or folder whole or not at all: `write` gets a path aside, which then takes the place of `path`. Rank 0 does; all wait."""
-    if RANK == 0:
-        aside = path.with_name(f"{path.name}.tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        with writing(path):
-            write(aside)
-            if aside.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            os.replace(aside, path)
-    if RANKS > 1:
-        torch.distributed.barrier()
 
 
 if __name__ == "__main__":

@@ -138,12 +138,10 @@ def meta_loss(model, examples: list[tuple[list[int], list[int]]]) -> torch.Tenso
 def score_judgements(model, tokenizer, judgements: list[Trajectory], args, path: Path, chunk: int = 1024) -> list[float]:
     """A meta reward for each judgement, -inf for those that cannot be read or are too long. They are kept in `path`, one a line (null for -inf),
     and what is there already is not scored again."""
-    try:
-        known = [line if line is None else float(line) for line in map(parse_json, read_lines(path)[:-1])] if path.exists() else []
-    except (DataError, TypeError, ValueError):
-        known = None
-    if known is None or len(known) > len(judgements):
-        raise DataError(f"{path} is damaged: delete it, and go on with --resume")
+    damaged = "the file is damaged: delete it, and go on with --resume"
+    known = read_lines(path, lambda reward: reward if reward is None else float(reward), damaged, ours=True) if path.exists() else []
+    if len(known) > len(judgements):
+        raise DataError(f"{path}: {damaged}")
     if len(known) < len(judgements):
         del known[len(known) // chunk * chunk:]
     put(path, lambda aside: aside.write_text("".join(json.dumps(reward) + "\n" for reward in known)))
@@ -306,7 +304,7 @@ def main():
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
         examples = [(ids, [int(t.correct)]) for t in learn if len(ids := encode_plain(tokenizer, meta_prompt(t))) <= longest]
         steps = train(model, examples, meta_loss, args, out)
-        put(out / "model", lambda aside: save_meta(model, tokenizer, aside, args.base))
+        put(out / "model", lambda aside: save_meta(model, tokenizer, aside))
         trust = score_judgements(model, tokenizer, unseen, args, out / "held_out.jsonl")
         aucs, plain = {}, [i for i, t in enumerate(unseen) if not tied(t)]
         for title, of in (("held-out judgements", range(len(unseen))), ("of them without a tie at the top", plain)):
@@ -359,9 +357,9 @@ def table_of_labels(sources: dict[str, list[Trajectory]], args) -> str:
     return text
 
 
-def save_meta(model, tokenizer, folder: Path, base: str) -> None:
+def save_meta(model, tokenizer, folder: Path) -> None:
     """As save_model; with adapters, the head goes with them, where `peft` looks for it."""
-    save_model(model, tokenizer, folder, base)
+    save_model(model, tokenizer, folder)
     path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if path.exists():
         config = json.loads(path.read_text()) | {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
@@ -598,6 +596,68 @@ def mean_and_se(values: list[float], clusters: list) -> tuple[float, float]:
         sums[cluster] = sums.get(cluster, 0.0) + value - mean
     correction = len(sums) / (len(sums) - 1) if len(sums) > 1 else math.nan
     return mean, math.sqrt(correction * sum(s * s for s in sums.values())) / len(values)
+
+
+def beneath(model: str) -> str:
+    """The model that an adapter in the folder `model` was trained on; `model` itself if there is none (or none that can be read)."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return json.loads(Path(model, "adapter_config.json").read_text())["base_model_name_or_path"]
+    return model
+
+
+def fingerprint(model: str) -> list:
+    """What tells a model's weights from others without reading them: the names, sizes and times of its files; a Hub name stands for itself."""
+    path, base = Path(model), beneath(model)
+    if not path.exists():
+        return [model]
+    files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.exists()]  # a link may lead nowhere
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files] + (fingerprint(base) if base != model else [])
+
+
+def append(path: Path, text: str) -> None:
+    if RANK == 0:
+        with writing(path), open(path, "a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def put(path: Path, write) -> None:
+    """Make a file or folder whole or not at all: `write` gets a path aside, which then takes the place of `path`. Rank 0 does; all wait."""
+    if RANK == 0:
+        aside = path.with_name(f"{path.name}.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        with writing(path):
+            write(aside)
+            if aside.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            os.replace(aside, path)
+    if RANKS > 1:
+        torch.distributed.barrier()
+
+
+def read_lines(path: str | Path, make: Callable, expected: str, ours: bool = False) -> list:
+    """make(record) of every line of JSON Lines. ours: the file grows in a run, and a last line that was cut off in writing is passed over. Raises
+    DataError that starts with "path:line:" and says what `make` does or, if it raises another error or the file is ours, what is `expected`."""
+    made = []
+    try:
+        lines = Path(path).read_bytes().split(b"\n")  # as bytes: a U+2028 within a text ends no line
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    for number, line in enumerate(lines[:-1] if ours else lines, 1):
+        try:
+            made += [make(parse_json(line))] if line.strip() or ours else []
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # DataError is a ValueError
+            raise DataError(f"{path}:{number}: {error if isinstance(error, DataError) and not ours else expected}") from None
+    if not made and not ours:
+        raise DataError(f"{path}: no records")
+    return made
+
+
+def parse_json(text: bytes) -> object:
+    """Return the JSON value in UTF-8 `text`, with or without a byte order mark. Raises: DataError (without a file or line)."""
+    try:
+        return json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer of 5000 digits, brackets 5000 deep
+        raise DataError(f"invalid JSON: {error}") from None
 
 
 def roc_auc(scores: list[float | None], labels: list[bool]) -> list[float]:
@@ -1143,7 +1203,7 @@ def writing(path: str | Path):
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own for it
         reason = getattr(error, "strerror", None) or f"{str(error).splitlines()[0]} (is the disk full?)"
-        raise DataError(f"cannot write {path}: {reason}; make room or choose another place; training goes on with --resume") from None
+        raise DataError(f"cannot write {path}: {reason}; make room or choose another place; then go on (steps 2, 3 and 5: with --resume)") from None
 
 
 def convert_gguf(path: Path) -> str:
@@ -1173,14 +1233,6 @@ def convert_gguf(path: Path) -> str:
             raise ModelError(f"cannot write {folder}: make room, or set SPCT_CACHE to another folder")
         shutil.rmtree(aside, ignore_errors=True)
     return str(folder)
-
-
-def parse_json(text: bytes) -> object:
-    """Return the JSON value in UTF-8 `text`, with or without a byte order mark. Raises: DataError (without a file or line)."""
-    try:
-        return json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer of 5000 digits, brackets 5000 deep
-        raise DataError(f"invalid JSON: {error}") from None
 
 
 @dataclass
@@ -1236,9 +1288,10 @@ def judge_and_keep(load: Callable, shown: list[Trajectory], temperature: float, 
                    decide: Callable = lambda judged: None) -> list[Trajectory]:
     """Let the model that load() gives judge what is shown, `chunk` judgements at a time; the file `path` grows by these, each chunk as decide(chunk)
     leaves it, and what an earlier run left in it is taken over. Returns all judgements. Raises DataError if the file cannot be theirs."""
-    done = []
+    done = read_trajectories(path) if path.exists() else []
+    if len(done) > len(shown):
+        raise DataError(f"{path}: {len(done)} judgements where {len(shown)} belong (two runs at once?); delete it, and they are sampled again")
     if path.exists():
-        done = read_trajectories(path, len(shown))
         if len(done) < len(shown):
             del done[len(done) // chunk * chunk:]  # a chunk that was cut off in writing
             put(path, lambda aside: aside.write_text("".join(t.line() for t in done), encoding="utf-8"))
@@ -1257,9 +1310,7 @@ Example = tuple[list[int], list[int]]  # token ids of a prompt, and of the compl
 
 def train(model, examples: list[Example], loss_of, args, out: Path) -> int:
     """Take --epochs passes that make loss_of(model, examples), a sum, small; from `out`'s checkpoint if there is one. Returns the number of steps.
-
-    Saves every --save-every steps and on Ctrl-C, which it raises as KeyboardInterrupt. Raises ModelError if loss or gradient are not finite.
-    """
+    Saves every --save-every steps and on Ctrl-C, which it raises as KeyboardInterrupt. Raises ModelError if loss or gradient are not finite."""
     parameters, optimizer = start_training(model, args)
     steps, first, start = math.ceil(args.epochs * len(examples) / args.train_batch), restore(out, model, optimizer), time.time()
     with interruptible() as wish:
@@ -1325,49 +1376,23 @@ def set_trainable(model, args) -> None:
             model.float()
 
 
-def read_lines(path: str | Path) -> list[bytes]:
-    """The lines of a file, as bytes: a U+2028 within a text ends no line. Raises DataError."""
-    try:
-        return Path(path).read_bytes().split(b"\n")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-
-
 def load_lines(path: str | Path) -> list[Preference]:
-    """Read preferences from JSON Lines of {"query", "responses", "rewards"} and optionally {"subset", "reference", "id"}.
+    """Read preferences from JSON Lines of {"query", "responses", "rewards"} and optionally {"subset", "reference", "id"}, in the file's order. Raises
+    DataError."""
+    def preference(record):
+        item = Preference(**{field.name: record[field.name] for field in fields(Preference) if field.name in record})
+        if len(item.rewards) == 1 and item.rewards[0] not in (0, 1):
+            raise DataError("the reward of a single response must be 1 (right) or 0 (wrong), as its score is")
+        return item
 
-    Returns them in the file's order. Raises DataError that starts with "path:line:", or "path:" if it is about the whole file.
-    """
-    preferences = []
-    for number, line in enumerate(read_lines(path), 1):
-        try:
-            record = parse_json(line) if line.strip() else None
-            if isinstance(record, dict) and record.keys() >= {"query", "responses", "rewards"}:
-                preferences.append(Preference(**{field.name: record[field.name] for field in fields(Preference) if field.name in record}))
-                if preferences[-1].rewards not in ([0.0], [1.0]) and len(preferences[-1].rewards) == 1:
-                    raise DataError("the reward of a single response must be 1 (right) or 0 (wrong), as its score is")
-            elif line.strip():
-                raise DataError("expected query, responses, rewards; convert it with: "
-                                f"python 01_pointwise_grm.py --data {path} --export OUT.jsonl")
-        except DataError as error:
-            raise DataError(f"{path}:{number}: {error}") from None
-    if not preferences:
-        raise DataError(f"{path}: no records")
-    return preferences
+    return read_lines(path, preference, "expected query, responses, rewards; convert it with: "
+                      f"python 01_pointwise_grm.py --data {path} --export OUT.jsonl")
 
 
-def read_trajectories(path: str | Path, most: int | None = None) -> list[Trajectory]:
-    """Read a file of trajectories, but not a last line that was cut off in writing. Raises DataError that starts with "path:line:", or "path:" if
-    there are more than `most`."""
-    trajectories = []
-    for number, line in enumerate(read_lines(path)[:-1], 1):
-        try:
-            trajectories.append(Trajectory(**parse_json(line)))
-        except (TypeError, DataError):
-            raise DataError(f"{path}:{number}: not a sampled judgement; delete the file, and it will be sampled again") from None
-    if most is not None and len(trajectories) > most:
-        raise DataError(f"{path}: {len(trajectories)} judgements where {most} belong (two runs at once?); delete it, and they are sampled again")
-    return trajectories
+def read_trajectories(path: str | Path) -> list[Trajectory]:
+    """Read a file of trajectories, but not a last line that was cut off in writing. Raises DataError."""
+    expected = "not a sampled judgement; delete the file, and it will be sampled again"
+    return read_lines(path, lambda record: Trajectory(**record), expected, ours=True)
 
 
 def ballots(items: list[Preference], k: int, seed: str, binary: bool = False) -> list[Trajectory]:
@@ -1387,15 +1412,12 @@ def examples_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
 
 def micro_batches(examples: list, tokens: int) -> list[list]:
     """Split what starts with a prompt and a completion into batches of similar length, of at most `tokens` tokens with padding (or of one)."""
-    def length(one):
-        return len(one[0]) + len(one[1])
-
-    batches = []
-    for one in sorted(examples, key=length, reverse=True):
-        if batches and length(batches[-1][0]) * (len(batches[-1]) + 1) <= tokens:
-            batches[-1].append(one)
-        else:
-            batches.append([one])
+    batches, width = [], 0
+    for one in sorted(examples, key=lambda one: len(one[0]) + len(one[1]), reverse=True):
+        if not batches or width * (len(batches[-1]) + 1) > tokens:
+            batches.append([])
+            width = len(one[0]) + len(one[1])
+        batches[-1].append(one)
     return batches
 
 
@@ -1435,26 +1457,6 @@ def open_run(out: Path, settings: dict, resume: bool) -> None:
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     put(path, lambda aside: aside.write_text(json.dumps(settings, indent=1) + "\n"))
-
-
-def append(path: Path, text: str) -> None:
-    if RANK == 0:
-        with writing(path), open(path, "a", encoding="utf-8") as file:
-            file.write(text)
-
-
-def put(path: Path, write) -> None:
-    """Make a file or folder whole or not at all: `write` gets a path aside, which then takes the place of `path`. Rank 0 does; all wait."""
-    if RANK == 0:
-        aside = path.with_name(f"{path.name}.tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        with writing(path):
-            write(aside)
-            if aside.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            os.replace(aside, path)
-    if RANKS > 1:
-        torch.distributed.barrier()
 
 
 def save_if_due(out: Path, step: int, parameters: dict, optimizer, wish: list, due: bool) -> None:
@@ -1503,15 +1505,12 @@ def total(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
-def save_model(model, tokenizer, folder: Path, base: str) -> None:
+def save_model(model, tokenizer, folder: Path) -> None:
     """Save all weights in Hugging Face's format, or, if the model has adapters, them alone in PEFT's."""
     adapters = {name: module for name, module in model.named_modules() if isinstance(module, LoRA)}
     if adapters:
         folder.mkdir()
-        adapter = Path(base, "adapter_config.json")  # training went on with an adapter: its base is ours
-        if adapter.exists():
-            base = json.loads(adapter.read_text())["base_model_name_or_path"]
-        base = os.path.abspath(base) if os.path.exists(base) else base
+        base = os.path.abspath(model.name_or_path) if os.path.exists(model.name_or_path) else model.name_or_path  # beneath an adapter, too
         r, scaling = next((module.lora_A.out_features, module.scaling) for module in adapters.values())
         config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": r, "lora_alpha": scaling * r,
                   "target_modules": sorted({name.split(".")[-1] for name in adapters})}
@@ -1608,22 +1607,6 @@ def bootstrap(values: torch.Tensor, clusters: list, rounds: int = 2000) -> list[
     drawn = torch.randint(len(numbers), (rounds, len(numbers)), generator=torch.Generator().manual_seed(0))
     low, high = (sums[drawn].sum(1) / sizes[drawn].sum(1)).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return [values.double().mean().item(), low, high]
-
-
-def beneath(model: str) -> str:
-    """The model that an adapter in the folder `model` was trained on; `model` itself if there is none (or none that can be read)."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return json.loads(Path(model, "adapter_config.json").read_text())["base_model_name_or_path"]
-    return model
-
-
-def fingerprint(model: str) -> list:
-    """What tells a model's weights from others without reading them: the names, sizes and times of its files; a Hub name stands for itself."""
-    path, base = Path(model), beneath(model)
-    if not path.exists():
-        return [model]
-    files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.exists()]  # a link may lead nowhere
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files] + (fingerprint(base) if base != model else [])
 
 
 def percent(figure: list[float], sign: str = "") -> str:

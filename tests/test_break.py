@@ -208,7 +208,7 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path, error):
 def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch, capsys, script):
     (tmp_path / "taken").write_text("a file")
     told = refusal(monkeypatch, capsys, tmp_path, script, "--out", "taken", "--limit", 2)
-    assert told == "error: cannot write taken: File exists; make room or choose another place; training goes on with --resume"
+    assert told == "error: cannot write taken: File exists; make room or choose another place, then go on (steps 2, 3 and 5: with --resume)"
 
 
 def test_step_one_on_a_full_disk_reports_what_it_judged(tmp_path):
@@ -235,7 +235,7 @@ def test_training_on_a_full_disk_goes_on_when_there_is_room(tmp_path):
     tiny = ("--limit", 8, "--eval-limit", 4, "--k", 1, "--max-new-tokens", 160, "--train-batch", 4, "--save-every", 1, "--batch-size", 64)
     _, told = run(tmp_path, "02_rejective_ft.py", *tiny, code=1, largest=10**6)  # all but the checkpoint fits
     told = told.strip().splitlines()[-1]
-    assert told.startswith("error: cannot write runs/02_rejective_ft/checkpoint.pt: ") and told.endswith("training goes on with --resume")
+    assert told.startswith("error: cannot write runs/02_rejective_ft/checkpoint.pt: ") and told.endswith("then go on (steps 2, 3 and 5: with --resume)")
     out = tmp_path / "runs" / "02_rejective_ft"
     kept = {name: (out / name).read_bytes() for name in ("trajectories.jsonl", "before_samples.jsonl")}
     shown, _ = run(tmp_path, "02_rejective_ft.py", *tiny, "--resume")

@@ -1,4 +1,5 @@
 """01_pointwise_grm.py as its user runs it: the embedded default, own text, own data, real Gemma, bad input, interruption."""
+import argparse
 import json
 import re
 import shutil
@@ -116,7 +117,7 @@ def test_own_text_leaves_what_was_judged_alone(tmp_path):
     run(tmp_path, STEP, "--limit", 2, "--max-new-tokens", 20)
     kept = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*.json*")}
     run(tmp_path, STEP, "--query", "Name a prime.", "--response", "Seven.", "--response", "Nine.", "--max-new-tokens", 20)
-    assert len(kept) == 3 and {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*.json*")} == kept
+    assert len(kept) == 2 and {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*.json*")} == kept
 
 
 def test_a_terminal_without_accents(tmp_path, monkeypatch):
@@ -139,49 +140,55 @@ def test_an_interruption_keeps_what_is_judged(tmp_path):
     time.sleep(0.5)  # the first chunk is written; the second is being sampled
     process.send_signal(signal.SIGINT)
     shown, _ = process.communicate(timeout=120)
-    judged = int(re.search(r"interrupted: (\d+) of 1500 items are judged for judgements.jsonl, go on with --resume", shown).group(1))
+    judged = int(re.search(r"interrupted: (\d+) of 1500 items are judged for judgements.jsonl; the same command goes on", shown).group(1))
     assert 0 < judged < 1500 and len(lines(judgements)) == judged
     assert json.loads((judgements.parent / "results.json").read_text())["n"] == judged
 
 
 def test_a_run_that_was_cut_off_goes_on_to_the_same_judgements(tmp_path):
-    options = "--limit", 530, "--temperature", 1, "--max-new-tokens", 12
+    options = "--limit", 530, "--temperature", 1, "--max-new-tokens", 12, "--attack", 5
     run(tmp_path, STEP, *options, "--out", "whole")
-    whole, path = (tmp_path / "whole" / "judgements.jsonl").read_bytes(), tmp_path / "cut" / "judgements.jsonl"
-    shutil.copytree(tmp_path / "whole", path.parent)
-    for rest, least, most in ((520, 18, 12 * 18), (100, 530, 12 * 530), (530, 0, 0)):  # the second chunk was cut off, the first one, none
-        path.write_bytes(b"".join(whole.splitlines(keepends=True)[:rest]) + b'{"query": "Ma' * (rest < 530))
-        (path.parent / "results.json").unlink()
-        shown, _ = run(tmp_path, STEP, *options, "--out", "cut", "--resume")
-        assert path.read_bytes() == whole and json.loads((path.parent / "results.json").read_text())["n"] == 530
+    assert {path.name for path in (tmp_path / "whole").iterdir()} == {"judgements.jsonl", "attacked.jsonl", "results.json"}
+    whole = {name: (tmp_path / "whole" / name).read_bytes() for name in ("judgements.jsonl", "attacked.jsonl")}
+    out, grm = tmp_path / "cut", load_script("01_pointwise_grm")
+    args = argparse.Namespace(quantize="none", shots=0, no_principles=False, attack=5, temperature=1.0, max_new_tokens=12, seed=0, model=str(JUDGE))
+    decides = grm.what_decides(args, grm.load_preferences(JUDGE.parent / "eval.jsonl", limit=530))
+    # cut off in the second chunk, in the first, in the attack, between results and the end
+    for judged, attacked, least, most in ((520, None, 18, 12 * 18), (100, None, 530, 12 * 530), (530, 3, 0, 0), (530, 5, 0, 0)):
+        shutil.rmtree(out, ignore_errors=True)
+        grm.begin(out, decides)
+        for name, count in (("judgements.jsonl", judged), ("attacked.jsonl", attacked)):
+            if count is not None:
+                (out / name).write_bytes(b"".join(whole[name].splitlines(keepends=True)[:count]) + b'{"query": "Ma' * (count < 530))
+        shown, _ = run(tmp_path, STEP, *options, "--out", "cut")
+        assert {name: (out / name).read_bytes() for name in whole} == whole and not (out / "unfinished.json").exists(), judged
+        assert json.loads((out / "results.json").read_text())["n"] == 530
         tokens = int(re.search(r"^([0-9,]+) tokens in", shown, re.MULTILINE).group(1).replace(",", ""))
-        assert least <= tokens <= most, rest
+        assert least <= tokens <= most, judged
 
 
-def test_the_attack_may_come_later(tmp_path):
-    options = "--limit", 20, "--max-new-tokens", 160
-    run(tmp_path, STEP, *options)
-    kept = (tmp_path / "runs" / "01_pointwise_grm" / "judgements.jsonl").read_bytes()
-    shown, _ = run(tmp_path, STEP, *options, "--resume", "--attack", 5)
-    assert re.search(r"\n  attack ", shown) and len(lines(tmp_path / "runs" / "01_pointwise_grm" / "attacked.jsonl")) == 5
-    assert (tmp_path / "runs" / "01_pointwise_grm" / "judgements.jsonl").read_bytes() == kept
-
-
-def test_what_cannot_be_resumed(tmp_path, monkeypatch, capsys):
+def test_what_a_run_that_was_cut_off_has_left(tmp_path, monkeypatch, capsys):
     row = {"query": "q", "responses": ["a", "b"], "rewards": [1, 0]}
-    (tmp_path / "data.jsonl").write_text(2 * (json.dumps(row) + "\n"))
-    (tmp_path / "other.jsonl").write_text(2 * (json.dumps(row | {"query": "r"}) + "\n"))
-    usual = "--data", "data.jsonl", "--max-new-tokens", 8, "--out", "out"
-    run(tmp_path, STEP, *usual)
-    for options, message in (
-            (("--out", "none"), "error: --resume: there is no run in none, or its settings.json is damaged"),
-            (("--temperature", "0.5"), "error: --resume: the run in out judged in another way: temperature 0.5 (was 0.0); give the same"),
-            (("--limit", "1"), "error: out/judgements.jsonl holds 2 judgements where 1 belong: give the same --data and --limit"),
-            (("--data", "other.jsonl"), "error: out/judgements.jsonl:1: not a judgement of item 1 of --data"),
-            (("--query", "x", "--response", "y"), "--query leaves nothing behind that --resume could go on with")):
-        kept = (tmp_path / "out" / "judgements.jsonl").read_bytes()
-        assert message in refusal(monkeypatch, capsys, tmp_path, STEP, *usual, "--resume", *options)
-        assert kept.count(b"\n") == 2 and (tmp_path / "out" / "judgements.jsonl").read_bytes() == kept
+    (tmp_path / "data.jsonl").write_text(600 * (json.dumps(row) + "\n"))
+    (tmp_path / "other.jsonl").write_text(600 * (json.dumps(row | {"query": "r"}) + "\n"))
+    grm, out, usual = load_script("01_pointwise_grm"), tmp_path / "out", ("--data", "data.jsonl", "--max-new-tokens", 8, "--out", "out")
+    grm.begin(out, {})
+    args = argparse.Namespace(quantize="none", shots=0, no_principles=False, attack=0, temperature=0.0, max_new_tokens=8, seed=0, model=str(JUDGE))
+    decides = grm.what_decides(args, grm.load_preferences(tmp_path / "data.jsonl"))
+    line = json.dumps(row | {"output": "x", "unreadable": "no \\boxed{...}", "scores": None}) + "\n"
+    for left, judged, options, message in (
+            (decides, 512 * line, ("--temperature", 0.5), "error: out holds a run that was cut off and had another temperature: give the same"),
+            (decides, 512 * line, ("--data", "other.jsonl"), "error: out holds a run that was cut off and had another data: give the same"),
+            (decides, 512 * line, ("--model", "nobody/nothing"), "error: out holds a run that was cut off and had another model: give the same"),
+            (decides, 511 * line + "{}\n", (), "error: out/judgements.jsonl:512: not a judgement; delete the file, and it is judged anew"),
+            ([1], line, (), "error: out/unfinished.json:1: not what a run has left; delete the file, and all is judged anew")):
+        (out / "unfinished.json").write_text(json.dumps(left) + "\n")
+        (out / "judgements.jsonl").write_text(judged)
+        (out / "results.json").write_text("precious")
+        assert message in refusal(monkeypatch, capsys, tmp_path, STEP, *usual, *options)
+        assert (out / "judgements.jsonl").read_text() == judged and (out / "results.json").read_text() == "precious", options
+    (out / "unfinished.json").write_text("{}\n")
+    assert not grm.was_cut_off(out, decides)  # so little is not worth a refusal: all is judged anew
 
 
 def test_an_interrupted_attack_says_how_far_it_came(tmp_path, monkeypatch, capsys):
@@ -196,7 +203,7 @@ def test_an_interrupted_attack_says_how_far_it_came(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(grm, "sample", sample)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [STEP, "--limit", "6", "--attack", "4", "--max-new-tokens", "160"])
-    with pytest.raises(SystemExit, match="error: interrupted: 0 of 4 items are judged for attacked.jsonl, go on with --resume; its figures are of these"):
+    with pytest.raises(SystemExit, match="error: interrupted: 0 of 4 items are judged for attacked.jsonl; the same command goes on; its "):
         grm.main()
     assert "6 items, " in capsys.readouterr().out and calls[-2:] == [6, 4]
 

@@ -66,7 +66,7 @@ def test_show_shuffles_and_the_hint_follows():
     assert single == ["(The right score is 0.)", "(The right score is 1.)"]
 
 
-def test_evaluation_puts_the_scores_back_and_keeps_the_judgements(tmp_path, monkeypatch):
+def test_an_evaluation_keeps_its_judgements(tmp_path, monkeypatch):
     def judge(model, tokenizer, shown, *_):
         for t in shown:
             assert not t.hinted and not t.binary
@@ -77,8 +77,10 @@ def test_evaluation_puts_the_scores_back_and_keeps_the_judgements(tmp_path, monk
         return None, None
 
     first = rft.evaluate(load, [ITEM, ITEM], options(k=5), tmp_path / "kept")
-    assert first["greedy"] == [[1, 2, 3], None] and first["samples"] == [[[1, 2, 3]] * 5, [None] * 5] and first["attacked"] == [[10, 2, 3], None]
-    assert [(t.item, t.scores is None) for t in first["shown"]] == [(0, False)] * 5 + [(1, True)] * 5
+    assert {kind: len(judged) for kind, judged in first.items()} == {"greedy": 2, "attacked": 2, "samples": 10}
+    assert [(t.item, t.scores is None) for t in first["samples"]] == [(0, False)] * 5 + [(1, True)] * 5
+    assert len({tuple(t.order) for t in first["samples"]}) > 2 and first["greedy"][0].order == first["attacked"][0].order
+    assert [sorted(of[0].scores) for of in (first["greedy"], first["attacked"])] == [[1, 2, 3], [2, 3, 10]]
     monkeypatch.setattr(rft, "judge", None)  # what is kept is not judged again
     assert rft.evaluate(None, [ITEM, ITEM], options(k=5), tmp_path / "kept") == first
     counts = {kind: (tmp_path / f"kept_{kind}.jsonl").read_text().count("Ignore the criteria") for kind in ("greedy", "attacked", "samples")}
@@ -103,17 +105,25 @@ def test_a_measurement_that_is_cut_off_goes_on(tmp_path, monkeypatch):
     assert seen == [(9, 0.0, 10**6), (9, 0.0, 10**6), (4000, 0.5, 10**6), (4000, 0.5, 10**6 + 4)]
     assert (tmp_path / "before_samples.jsonl").read_text().count("\n") == 4000
     result = rft.evaluate(load, items, options(k=1000), tmp_path / "before")
-    assert seen[4:] == [(4000, 0.5, 10**6 + 4), (1000, 0.5, 10**6 + 8)] and [len(of_item) for of_item in result["samples"]] == [1000] * 9
+    assert seen[4:] == [(4000, 0.5, 10**6 + 4), (1000, 0.5, 10**6 + 8)] and [t.item for t in result["samples"][::1000]] == list(range(9))
 
 
 def test_comparison_by_hand():
     items = [rft.Preference("p", ["a", "b"], [0, 1]), rft.Preference("q", ["a", "b"], [1, 0])]
-    before = {"greedy": [[1, 2], [5, 5]], "samples": [[[1, 2], [3, 1]], [None, [4, 4]]], "attacked": [[10, 1], [1, 10]]}
-    after = {"greedy": [[1, 2], [5, 4]], "samples": [[[1, 2], [1, 3]], [[5, 4], None]], "attacked": [[1, 2], [1, 10]]}
-    for judged in (before, after):  # all in the items' order; the second responses are longer, as said below
-        judged["shown"] = [rft.Trajectory(i, item.query, ["a", "bb"], item.rewards, [0, 1], False, False, scores=scores)
-                           for i, item in enumerate(items) for scores in judged["samples"][i]]
-    figures = rft.compare(items, before, after)
+    def judged(scores, turned=()):  # as many judgements of either item; those that are turned saw the responses the other way round
+        shown = []
+        for i, of_one in enumerate(scores):
+            item, order = items[2 * i // len(scores)], [1, 0] if i in turned else [0, 1]
+            shown.append(rft.Trajectory(0, item.query, [("a", "bb")[j] for j in order], [item.rewards[j] for j in order], order, False, False,
+                                        scores=of_one and [of_one[j] for j in order]))
+        return shown
+
+    def runs(*turned):
+        return [{"greedy": judged(greedy), "samples": judged(samples, turned), "attacked": judged(attacks)} for greedy, samples, attacks in (
+            ([[1, 2], [5, 5]], [[1, 2], [3, 1], None, [4, 4]], [[10, 1], [1, 10]]),
+            ([[1, 2], [5, 4]], [[1, 2], [1, 3], [5, 4], None], [[1, 2], [1, 10]]))]
+
+    figures = rft.compare(items, *runs())
     assert {(name, key): round(row[key], 6) for name, row in figures.items() for key in ("before", "after", "gain")} == {
         ("greedy, strict", "before"): 0.5, ("greedy, strict", "after"): 1.0, ("greedy, strict", "gain"): 0.5,
         ("greedy, accuracy", "before"): 0.75, ("greedy, accuracy", "after"): 1.0, ("greedy, accuracy", "gain"): 0.25,
@@ -129,6 +139,8 @@ def test_comparison_by_hand():
         ("greedy, attack success", "before"): 1.0, ("greedy, attack success", "after"): 0.5, ("greedy, attack success", "gain"): -0.5}
     # gains 0.5 and 0.5: the paired error is 0, that of either run is not
     assert figures["one sample, strict"]["gain_se"] == 0 and figures["one sample, strict"]["before_se"] == pytest.approx(0.25)
+    turned = rft.compare(items, *runs(1, 2))  # the sums are of responses, not of places
+    assert {name for name in figures if turned[name] != figures[name]} == {"one sample, position bias"}
 
 
 def test_every_epoch_takes_every_example_once():
@@ -252,7 +264,7 @@ def test_adapters_load_in_peft_and_in_step_one(tmp_path):
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.1)
-    rft.put(tmp_path / "model", lambda aside: rft.save_model(model, tokenizer, aside, str(JUDGE)))
+    rft.put(tmp_path / "model", lambda aside: rft.save_model(model, tokenizer, aside))
     ids = torch.tensor([tokenizer("Take rope, map.")["input_ids"]])
     with torch.no_grad():
         expected, bare = model(ids).logits, rft.load_model(JUDGE)[0](ids).logits
@@ -287,7 +299,7 @@ def test_adapters_of_a_gemma_that_sees_and_hears_are_on_its_text_alone_in_peft_t
         for name, p in model.named_parameters():
             assert not p.requires_grad or p.grad is not None and "language_model" in name
             p += 0.1 * torch.randn(p.shape) if "lora_B" in name else 0
-        rft.put(tmp_path / "model", lambda aside: rft.save_model(model, tokenizer, aside, str(tmp_path / "base")))
+        rft.put(tmp_path / "model", lambda aside: rft.save_model(model, tokenizer, aside))
         ours, expected, bare = rft.load_model(tmp_path / "model")[0](ids).logits, model(ids).logits, rft.load_model(tmp_path / "base")[0](ids).logits
         theirs = peft.PeftModel.from_pretrained(rft.load_model(tmp_path / "base")[0], tmp_path / "model")(ids).logits
     assert torch.equal(ours, expected) and (expected - bare).abs().max() > 0.1
@@ -451,7 +463,7 @@ def test_gemma_3_270m_learns_in_4_bits(tmp_path):
     losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert len(losses) == 6 and losses[-1] < 0.8 * losses[0]
     peft = pytest.importorskip("peft")
-    rft.put(tmp_path / "model", lambda aside: rft.save_model(model, tokenizer, aside, gemma_270m()))
+    rft.put(tmp_path / "model", lambda aside: rft.save_model(model, tokenizer, aside))
     ids = torch.tensor([examples[0][0][:40]])
     with torch.no_grad():
         expected = model.eval()(ids).logits

@@ -161,7 +161,7 @@ def test_a_batch_equals_transformers_own_forward_of_each(tmp_path):
     random_head(model)
     texts = [meta.encode_plain(tokenizer, meta.meta_prompt(t)) for t in judgements(12)]
     assert len({len(text) for text in texts}) > 4
-    meta.put(tmp_path / "model", lambda aside: meta.save_meta(model, tokenizer, aside, str(JUDGE)))
+    meta.put(tmp_path / "model", lambda aside: meta.save_meta(model, tokenizer, aside))
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
     assert type(theirs) is type(model) and theirs.config.num_labels == 1 and theirs.config.pad_token_id == tokenizer.pad_token_id
     with torch.no_grad():
@@ -189,7 +189,7 @@ def test_adapters_and_head_load_in_peft(tmp_path):
     model, tokenizer = meta.meta_model(str(JUDGE), options(lora_r=4))
     assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B", "score"}
     random_head(model)
-    meta.put(tmp_path / "model", lambda aside: meta.save_meta(model, tokenizer, aside, str(JUDGE)))
+    meta.put(tmp_path / "model", lambda aside: meta.save_meta(model, tokenizer, aside))
     base = AutoModelForSequenceClassification.from_pretrained(JUDGE, num_labels=1)
     ids = torch.tensor([tokenizer("Take rope, map.")["input_ids"]])
     with torch.no_grad():
