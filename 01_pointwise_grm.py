@@ -272,9 +272,9 @@ def judge_file(model, tokenizer, items: list[Preference], ask: dict, args, path:
                     judgement.unreadable = f"the prompt of {len(prompts[i])} tokens is too long: the model takes {longest}"
                 chunk.append((opening + output.text, judgement))
                 tokens += len(output.ids)
+            judged += chunk
             if path:
                 append(path, as_lines(part, chunk))
-            judged += chunk
     except (KeyboardInterrupt, DataError) as stop:
         stopped = str(stop) or "interrupted"
         stopped += f": {len(judged)} of {len(items)} items are judged for {path.name}; the same command goes on" * bool(path)
@@ -325,7 +325,7 @@ def main():
         begin(out, decides)
     judged, tokens, stopped = judge_file(model, tokenizer, items, ask, args, None if args.query else out / "judgements.jsonl", go_on)
     if not judged:
-        sys.exit(130)
+        sys.exit(130 if stopped.startswith("interrupted") else f"error: {stopped}")
     seconds = time.time() - start
     if not args.query:  # kept before anything is printed, which may fail
         figures = measure(items[:len(judged)], [judgement.scores for _, judgement in judged])

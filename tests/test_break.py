@@ -214,9 +214,17 @@ def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch, capsys, script):
 def test_step_one_on_a_full_disk_reports_what_it_judged(tmp_path):
     items = [json.loads(line) for line in (JUDGE.parent / "eval.jsonl").read_text().splitlines()[:8]]
     shown, told = run(tmp_path, "01_pointwise_grm.py", "--data", write(tmp_path / "few.jsonl", *items), code=1, largest=4000)
-    assert "cannot write runs/01_pointwise_grm/judgements.jsonl: File too large: 8 of 8 items are judged" in shown and "strict" in shown
-    assert told.strip().endswith("error: cannot write runs/01_pointwise_grm/judgements.jsonl: File too large: 8 of 8 items are judged for "
-                                 "judgements.jsonl; its figures are of these")
+    reason = "cannot write runs/01_pointwise_grm/judgements.jsonl: File too large; make room or choose another place"
+    assert reason in shown and "8 items, " in shown and "strict" in shown
+    assert (last := told.strip().splitlines()[-1]).startswith(f"error: {reason}")
+    assert last.endswith("8 of 8 items are judged for judgements.jsonl; the same command goes on; its figures are of these")
+    run(tmp_path, "01_pointwise_grm.py", "--data", "few.jsonl")  # there is room again
+    out = tmp_path / "runs" / "01_pointwise_grm"
+    assert (out / "judgements.jsonl").read_bytes().count(b"\n") == 8 and not (out / "unfinished.json").exists()
+    (out / "judgements.jsonl").unlink()
+    (out / "judgements.jsonl").mkdir()
+    shown, told = run(tmp_path, "01_pointwise_grm.py", "--data", "few.jsonl", code=1)
+    assert "error: cannot write runs/01_pointwise_grm: Is a directory" in told
 
 
 def test_whoever_reads_what_is_printed_may_go_away(tmp_path):

@@ -222,7 +222,7 @@ def test_what_can_be_learnt_is_learnt(tmp_path):
 @pytest.mark.parametrize("text", ['"x"\n', "{\n", "[1]\n", "0.5\n" * 4])
 def test_damaged_rewards_are_named(tmp_path, text):
     (tmp_path / "rewards.jsonl").write_text(text)
-    with pytest.raises(meta.DataError, match="rewards.jsonl is damaged: delete it, and go on with --resume"):
+    with pytest.raises(meta.DataError, match="rewards.jsonl(:1)?: the file is damaged: delete it, and go on with --resume"):
         meta.score_judgements(None, None, judgements(3), OPTIONS, tmp_path / "rewards.jsonl")
 
 
