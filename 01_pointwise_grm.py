@@ -276,9 +276,8 @@ def judge_file(model, tokenizer, items: list[Preference], ask: dict, args, path:
             if path:
                 append(path, as_lines(part, chunk))
     except (KeyboardInterrupt, DataError) as stop:
-        stopped = str(stop) or "interrupted"
-        stopped += f": {len(judged)} of {len(items)} items are judged for {path.name}; the same command goes on" * bool(path)
-        print(f"\n{stopped}")
+        far = f": {len(judged)} of {len(items)} items are judged for {path.name}, which the figures are of; the same command goes on" if path else ""
+        print(f"\n{(stopped := (str(stop) or 'interrupted') + far)}")
     return judged, tokens, stopped
 
 
@@ -316,12 +315,12 @@ def main():
         with writing(args.export):
             export_preferences(items, args.export)
         return print(f"wrote {len(items)} items to {args.export}")
-    out, decides = Path(args.out), what_decides(args, items)
-    go_on = not args.query and was_cut_off(out, decides)
+    out, decides = Path(args.out), None if args.query else what_decides(args, items)
+    go_on = bool(decides) and was_cut_off(out, decides)
     model, tokenizer = load_model(args.model, args.quantize)
     ask, start = {"principles": not args.no_principles, "form": not args.shots or tokenizer.chat_template is not None}, time.time()
     longest_prompt(model, args.max_new_tokens)  # raises if there is room for none: before an earlier run goes
-    if not args.query and not go_on:  # one's own text leaves nothing behind, and what was judged before it stays
+    if decides and not go_on:  # one's own text leaves nothing behind, and what was judged before it stays
         begin(out, decides)
     judged, tokens, stopped = judge_file(model, tokenizer, items, ask, args, None if args.query else out / "judgements.jsonl", go_on)
     if not judged:
@@ -340,9 +339,11 @@ def main():
         figures |= {"tokens_per_second": tokens / seconds if tokens else math.nan, "seconds": seconds, "items": len(items), "settings": vars(args),
                     "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
         results = json.loads(json.dumps(figures), parse_constant=lambda _: None)  # JSON has no NaN
-        put(out / "results.json", lambda aside: aside.write_text(json.dumps(results, indent=1) + "\n"))
-        if RANK == 0 and not stopped:
-            (out / "unfinished.json").unlink(missing_ok=True)
+        if RANK == 0:  # not by `put`: if a rank was stopped, the others do not come here to wait
+            with writing(out / "results.json"):
+                (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+                if not stopped:
+                    (out / "unfinished.json").unlink(missing_ok=True)
 
     shown = next((i for i, (_, judgement) in enumerate(judged) if len(judgement.scores or ()) > 1), 0)  # the first readable one of a comparison
     text = build_prompt(items[shown].query, items[shown].responses, items[shown].reference, **ask)
@@ -353,7 +354,7 @@ def main():
     print(report(figures))
     print(f"{tokens:,} tokens in {seconds:.0f} s. Judgements: {out / 'judgements.jsonl'}, figures: {out / 'results.json'}")
     if stopped:
-        sys.exit(f"error: {stopped}; its figures are of these")
+        sys.exit(f"error: {stopped}")
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------------
@@ -378,17 +379,20 @@ def what_decides(args, items: list[Preference]) -> dict:
     """What decides the judgements of a run."""
     names = ("quantize", "shots", "no_principles", "attack", "temperature", "max_new_tokens", "seed")
     return {name: getattr(args, name) for name in names} | {
-        "model": fingerprint(args.model), "data": zlib.crc32(repr(items).encode()), "prompt": build_prompt("", ["", ""])}
+        "model": fingerprint(args.model), "data (--data, --limit)": zlib.crc32(repr(items).encode()), "prompt": build_prompt("", ["", ""])}
 
 
 def was_cut_off(out: Path, decides: dict) -> bool:
     """Whether `out` holds a run that was cut off and judged in the same way. Raises DataError if it judged a good deal in another way."""
     path, judged = out / "unfinished.json", out / "judgements.jsonl"
-    if not path.exists() or not judged.exists():
+    if not os.path.exists(path) or not os.path.exists(judged):  # Path.exists raises where it may not look
         return False
-    was = read_lines(path, lambda record: record | {}, "not what a run has left; delete the file, and all is judged anew")[0]
+    try:
+        was, count = parse_json(path.read_bytes()) | {}, judged.read_bytes().count(b"\n")
+    except (OSError, DataError, TypeError):
+        raise DataError(f"{path} or {judged.name} cannot be read; name another --out, or delete the first, and all is judged anew") from None
     changed = ", ".join(name for name in decides if was.get(name) != decides[name])
-    if changed and judged.read_bytes().count(b"\n") >= 512:
+    if changed and count >= 512:
         raise DataError(f"{out} holds a run that was cut off and had another {changed}: give the same to go on with it, name another --out, or "
                         f"delete {path} to start anew")
     return not changed
@@ -410,23 +414,24 @@ def taken_over(path: Path, items: list[Preference], chunk: int) -> list[tuple[st
     for item, (output, unreadable) in zip(items, outputs if len(outputs) >= len(items) else outputs[:len(outputs) // chunk * chunk]):
         judged.append((output, read_judgement(output, len(item.responses))))
         judged[-1][1].unreadable = unreadable
+    print(f"{len(judged)} of {len(items)} judgements are taken over from {path}")
     return judged
 
 
 def beneath(model: str) -> str:
     """The model that an adapter in the folder `model` was trained on; `model` itself if there is none (or none that can be read)."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return json.loads(Path(model, "adapter_config.json").read_text())["base_model_name_or_path"]
+        return json.loads(Path(model, "adapter_config.json").read_text())["base_model_name_or_path"] + ""
     return model
 
 
-def fingerprint(model: str) -> list:
+def fingerprint(model: str, above: tuple[str, ...] = ()) -> list:
     """What tells a model's weights from others without reading them: the names, sizes and times of its files; a Hub name stands for itself."""
-    path, base = Path(model), beneath(model)
-    if not path.exists():
-        return [model]
-    files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.exists()]  # a link may lead nowhere
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files] + (fingerprint(base) if base != model else [])
+    path, base, files = Path(model), beneath(model), []
+    with contextlib.suppress(OSError):  # loading will say what is wrong
+        files = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in (sorted(path.iterdir()) if path.is_dir() else [path])
+                 if file.is_file()]
+    return (files or [model]) + (fingerprint(base, (*above, model)) if base not in (model, *above) else [])
 
 
 def append(path: Path, text: str) -> None:
@@ -568,14 +573,14 @@ def measure(preferences: list[Preference], scores: list[list[float] | None]) -> 
     result = {"n": len(preferences), "n_many": len(preferences) - len(single), "n_single": len(single)}
     for name, (of_name, of) in values.items():
         result[name], result[f"{name}_se"] = mean_and_se(of_name, [str(p.query) for p in of])
-    accuracy = list(zip(*values["accuracy"]))
     for title, key in (("by_subset", lambda p: p.subset), ("by_n", lambda p: len(p.responses)),
                        ("by_position", lambda p: p.rewards.index(max(p.rewards)) + 1)):
-        result[title] = {}
-        for group in sorted({key(p) for _, p in accuracy}):
-            chosen = [(value, str(p.query)) for value, p in accuracy if key(p) == group]
-            mean, se = mean_and_se(*zip(*chosen))
-            result[title][str(group)] = {"accuracy": mean, "accuracy_se": se, "n": len(chosen)}
+        groups, result[title] = {}, {}
+        for value, p in zip(*values["accuracy"]):
+            groups.setdefault(str(key(p)), []).append((value, str(p.query)))
+        for name in sorted(groups, key=lambda name: (len(name) if name.isdigit() else 0, name)):  # 2 before 10
+            mean, se = mean_and_se(*zip(*groups[name]))
+            result[title][name] = {"accuracy": mean, "accuracy_se": se, "n": len(groups[name])}
     return result
 
 
@@ -1132,7 +1137,7 @@ def writing(path: str | Path):
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own for it
         reason = getattr(error, "strerror", None) or f"{str(error).splitlines()[0]} (is the disk full?)"
-        raise DataError(f"cannot write {path}: {reason}; make room or choose another place, then go on (steps 2, 3 and 5: with --resume)") from None
+        raise DataError(f"cannot write {path}: {reason}; make room and go on (steps 2, 3 and 5: with --resume), or name another place") from None
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------------

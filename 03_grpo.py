@@ -1182,7 +1182,7 @@ def writing(path: str | Path):
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own for it
         reason = getattr(error, "strerror", None) or f"{str(error).splitlines()[0]} (is the disk full?)"
-        raise DataError(f"cannot write {path}: {reason}; make room or choose another place, then go on (steps 2, 3 and 5: with --resume)") from None
+        raise DataError(f"cannot write {path}: {reason}; make room and go on (steps 2, 3 and 5: with --resume), or name another place") from None
 
 
 def convert_gguf(path: Path) -> str:

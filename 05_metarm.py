@@ -601,17 +601,17 @@ def mean_and_se(values: list[float], clusters: list) -> tuple[float, float]:
 def beneath(model: str) -> str:
     """The model that an adapter in the folder `model` was trained on; `model` itself if there is none (or none that can be read)."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return json.loads(Path(model, "adapter_config.json").read_text())["base_model_name_or_path"]
+        return json.loads(Path(model, "adapter_config.json").read_text())["base_model_name_or_path"] + ""
     return model
 
 
-def fingerprint(model: str) -> list:
+def fingerprint(model: str, above: tuple[str, ...] = ()) -> list:
     """What tells a model's weights from others without reading them: the names, sizes and times of its files; a Hub name stands for itself."""
-    path, base = Path(model), beneath(model)
-    if not path.exists():
-        return [model]
-    files = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.exists()]  # a link may lead nowhere
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files] + (fingerprint(base) if base != model else [])
+    path, base, files = Path(model), beneath(model), []
+    with contextlib.suppress(OSError):  # loading will say what is wrong
+        files = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in (sorted(path.iterdir()) if path.is_dir() else [path])
+                 if file.is_file()]
+    return (files or [model]) + (fingerprint(base, (*above, model)) if base not in (model, *above) else [])
 
 
 def append(path: Path, text: str) -> None:
@@ -1203,7 +1203,7 @@ def writing(path: str | Path):
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own for it
         reason = getattr(error, "strerror", None) or f"{str(error).splitlines()[0]} (is the disk full?)"
-        raise DataError(f"cannot write {path}: {reason}; make room or choose another place, then go on (steps 2, 3 and 5: with --resume)") from None
+        raise DataError(f"cannot write {path}: {reason}; make room and go on (steps 2, 3 and 5: with --resume), or name another place") from None
 
 
 def convert_gguf(path: Path) -> str:

@@ -197,7 +197,7 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path, error):
 
     path = tmp_path / "kept"
     path.write_text("old")
-    with pytest.raises(rft.DataError, match=r"cannot write .*kept: .*(No space|failed).*; make room or choose") as caught:
+    with pytest.raises(rft.DataError, match=r"cannot write .*kept: .*(No space|failed).*; make room and go on") as caught:
         rft.put(path, refuse)
     assert path.read_text() == "old" and "\n" not in str(caught.value)
     with pytest.raises(rft.DataError, match="cannot write .*kept/below: Not a directory"):
@@ -208,16 +208,16 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path, error):
 def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch, capsys, script):
     (tmp_path / "taken").write_text("a file")
     told = refusal(monkeypatch, capsys, tmp_path, script, "--out", "taken", "--limit", 2)
-    assert told == "error: cannot write taken: File exists; make room or choose another place, then go on (steps 2, 3 and 5: with --resume)"
+    assert told == "error: cannot write taken: File exists; make room and go on (steps 2, 3 and 5: with --resume), or name another place"
 
 
 def test_step_one_on_a_full_disk_reports_what_it_judged(tmp_path):
     items = [json.loads(line) for line in (JUDGE.parent / "eval.jsonl").read_text().splitlines()[:8]]
     shown, told = run(tmp_path, "01_pointwise_grm.py", "--data", write(tmp_path / "few.jsonl", *items), code=1, largest=4000)
-    reason = "cannot write runs/01_pointwise_grm/judgements.jsonl: File too large; make room or choose another place"
+    reason = "cannot write runs/01_pointwise_grm/judgements.jsonl: File too large; make room and go on"
     assert reason in shown and "8 items, " in shown and "strict" in shown
     assert (last := told.strip().splitlines()[-1]).startswith(f"error: {reason}")
-    assert last.endswith("8 of 8 items are judged for judgements.jsonl; the same command goes on; its figures are of these")
+    assert last.endswith("8 of 8 items are judged for judgements.jsonl, which the figures are of; the same command goes on")
     run(tmp_path, "01_pointwise_grm.py", "--data", "few.jsonl")  # there is room again
     out = tmp_path / "runs" / "01_pointwise_grm"
     assert (out / "judgements.jsonl").read_bytes().count(b"\n") == 8 and not (out / "unfinished.json").exists()
@@ -243,7 +243,8 @@ def test_training_on_a_full_disk_goes_on_when_there_is_room(tmp_path):
     tiny = ("--limit", 8, "--eval-limit", 4, "--k", 1, "--max-new-tokens", 160, "--train-batch", 4, "--save-every", 1, "--batch-size", 64)
     _, told = run(tmp_path, "02_rejective_ft.py", *tiny, code=1, largest=10**6)  # all but the checkpoint fits
     told = told.strip().splitlines()[-1]
-    assert told.startswith("error: cannot write runs/02_rejective_ft/checkpoint.pt: ") and told.endswith("then go on (steps 2, 3 and 5: with --resume)")
+    assert told.startswith("error: cannot write runs/02_rejective_ft/checkpoint.pt: ")
+    assert told.endswith("make room and go on (steps 2, 3 and 5: with --resume), or name another place")
     out = tmp_path / "runs" / "02_rejective_ft"
     kept = {name: (out / name).read_bytes() for name in ("trajectories.jsonl", "before_samples.jsonl")}
     shown, _ = run(tmp_path, "02_rejective_ft.py", *tiny, "--resume")

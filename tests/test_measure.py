@@ -165,6 +165,11 @@ def test_measure_by_subset_number_and_position():
     assert rows("by_position") == {"1": approx(0.75, 0.25, 2), "2": approx(0, math.nan, 1), "3": approx(1 / 3, math.nan, 1)}
 
 
+def test_subsets_with_numbers_for_names_stand_in_their_order():
+    items = [Preference("q", ["a", "b"], [1, 0], subset) for subset in ("10", "2", "b", "1", "a")]
+    assert list(grm.measure(items, [[2, 1]] * 5)["by_subset"]) == ["a", "b", "1", "2", "10"]
+
+
 def test_measure_of_empty_groups_is_nan():
     names = ("accuracy", "strict", "ties", "position_bias", "length_bias", "unreadable", "longest", "auc")
     nothing = grm.measure([], [])

@@ -140,7 +140,7 @@ def test_an_interruption_keeps_what_is_judged(tmp_path):
     time.sleep(0.5)  # the first chunk is written; the second is being sampled
     process.send_signal(signal.SIGINT)
     shown, _ = process.communicate(timeout=120)
-    judged = int(re.search(r"interrupted: (\d+) of 1500 items are judged for judgements.jsonl; the same command goes on", shown).group(1))
+    judged = int(re.search(r"interrupted: (\d+) of 1500 items are judged for judgements.jsonl, which the figures are of; the same", shown).group(1))
     assert 0 < judged < 1500 and len(lines(judgements)) == judged
     assert json.loads((judgements.parent / "results.json").read_text())["n"] == judged
 
@@ -178,10 +178,10 @@ def test_what_a_run_that_was_cut_off_has_left(tmp_path, monkeypatch, capsys):
     line = json.dumps(row | {"output": "x", "unreadable": "no \\boxed{...}", "scores": None}) + "\n"
     for left, judged, options, message in (
             (decides, 512 * line, ("--temperature", 0.5), "error: out holds a run that was cut off and had another temperature: give the same"),
-            (decides, 512 * line, ("--data", "other.jsonl"), "error: out holds a run that was cut off and had another data: give the same"),
+            (decides, 512 * line, ("--data", "other.jsonl"), "error: out holds a run that was cut off and had another data (--data, --limit): give"),
             (decides, 512 * line, ("--model", "nobody/nothing"), "error: out holds a run that was cut off and had another model: give the same"),
             (decides, 511 * line + "{}\n", (), "error: out/judgements.jsonl:512: not a judgement; delete the file, and it is judged anew"),
-            ([1], line, (), "error: out/unfinished.json:1: not what a run has left; delete the file, and all is judged anew")):
+            ([1], line, (), "error: out/unfinished.json or judgements.jsonl cannot be read; name another --out, or delete the first")):
         (out / "unfinished.json").write_text(json.dumps(left) + "\n")
         (out / "judgements.jsonl").write_text(judged)
         (out / "results.json").write_text("precious")
@@ -189,6 +189,34 @@ def test_what_a_run_that_was_cut_off_has_left(tmp_path, monkeypatch, capsys):
         assert (out / "judgements.jsonl").read_text() == judged and (out / "results.json").read_text() == "precious", options
     (out / "unfinished.json").write_text("{}\n")
     assert not grm.was_cut_off(out, decides)  # so little is not worth a refusal: all is judged anew
+
+
+def test_interrupted_over_ones_own_text(tmp_path, monkeypatch):
+    grm = load_script("01_pointwise_grm")
+
+    def sample(*_, **options):
+        if "stop" in options:  # not when the model is loaded
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(grm, "sample", sample)
+    monkeypatch.setattr(sys, "argv", [STEP, "--query", "Name a prime.", "--response", "Seven.", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="130"):
+        grm.main()
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranks_that_are_interrupted_end(tmp_path):
+    """Equal prompts are one rank's work: in the second chunk the other one waits for it."""
+    items = (JUDGE.parent / "eval.jsonl").read_text().splitlines()
+    (tmp_path / "data.jsonl").write_text((items[0] + "\n") * 512 + (items[1] + "\n") * 200)
+    options = "--data", "data.jsonl", "--temperature", 30, "--max-new-tokens", 300
+    process, out = start(tmp_path, STEP, *options, ranks=2), tmp_path / "runs" / "01_pointwise_grm"
+    wait_for_lines(process, out / "judgements.jsonl", 512)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    shown, _ = process.communicate(timeout=120)
+    assert "interrupted: 512 of 712 items are judged for judgements.jsonl" in shown and json.loads((out / "results.json").read_text())["n"] == 512
+    assert (out / "unfinished.json").exists() and (out / "judgements.jsonl").read_bytes().count(b"\n") == 512
 
 
 def test_an_interrupted_attack_says_how_far_it_came(tmp_path, monkeypatch, capsys):
@@ -203,7 +231,7 @@ def test_an_interrupted_attack_says_how_far_it_came(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(grm, "sample", sample)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [STEP, "--limit", "6", "--attack", "4", "--max-new-tokens", "160"])
-    with pytest.raises(SystemExit, match="error: interrupted: 0 of 4 items are judged for attacked.jsonl; the same command goes on; its "):
+    with pytest.raises(SystemExit, match="error: interrupted: 0 of 4 items are judged for attacked.jsonl, which the"):
         grm.main()
     assert "6 items, " in capsys.readouterr().out and calls[-2:] == [6, 4]
 

@@ -375,8 +375,14 @@ def test_a_fingerprint_of_what_cannot_be_loaded(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{")
     (tmp_path / "README.md").symlink_to(tmp_path / "nowhere")
     assert [name for name, *_ in vote.fingerprint(str(tmp_path))] == ["adapter_config.json"]
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
-    assert [name for name, *_ in vote.fingerprint(str(tmp_path))] == ["adapter_config.json"]
+    for base in (str(tmp_path), None, 5, ["x"]):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+        assert [name for name, *_ in vote.fingerprint(str(tmp_path))] == ["adapter_config.json"]
+    (tmp_path / "other").mkdir()
+    for folder, base in ((tmp_path, tmp_path / "other"), (tmp_path / "other", tmp_path)):  # each names the other
+        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    assert [name for name, *_ in vote.fingerprint(str(tmp_path))] == ["adapter_config.json"] * 2
+    assert vote.fingerprint("x" * 300) == ["x" * 300] and vote.fingerprint("owner/model") == ["owner/model"]
 
 
 def test_end_to_end(tmp_path, monkeypatch, capsys):
