@@ -433,7 +433,7 @@ def test_interrupted_says_how_to_go_on(tmp_path, monkeypatch):
     (["--data", "missing.jsonl"], "error: missing.jsonl: No such file"),
     (["--data", "columns.jsonl"], "error: columns.jsonl:1: expected query, responses, rewards; convert it with: python 01_pointwise_grm.py"),
     (["--data", "tie.jsonl"], "error: tie.jsonl:2: a tie"),
-    (["--out", "tie.jsonl"], "error: cannot write tie.jsonl: File exists; make room or choose another place"),
+    (["--out", "tie.jsonl"], "error: cannot write tie.jsonl: File exists; make room and go on"),
     (["--model", "nobody/nothing", "--limit", "2"], "error: cannot load the model nobody/nothing"),
     (["--k", "0"], "--k must be from 1 to"),
     (["--batch-size", "0"], "--batch-size must be from 1 to"),
