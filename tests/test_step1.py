@@ -216,6 +216,7 @@ def test_ranks_that_are_interrupted_end(tmp_path):
     process.send_signal(signal.SIGINT)
     shown, _ = process.communicate(timeout=120)
     assert "interrupted: 512 of 712 items are judged for judgements.jsonl" in shown and json.loads((out / "results.json").read_text())["n"] == 512
+    assert "\n512 items, " in shown  # the table comes last: a rank that waits for ever is killed before it
     assert (out / "unfinished.json").exists() and (out / "judgements.jsonl").read_bytes().count(b"\n") == 512
 
 

@@ -2,6 +2,7 @@
 import json
 import math
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -464,6 +465,8 @@ def test_gemma_3_270m_learns_in_4_bits(tmp_path):
     assert len(losses) == 6 and losses[-1] < 0.8 * losses[0]
     peft = pytest.importorskip("peft")
     rft.put(tmp_path / "model", lambda aside: rft.save_model(model, tokenizer, aside))
+    base = json.loads((tmp_path / "model" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert (Path(base) / "model.safetensors").exists()  # the folder that the GGUF file was converted into
     ids = torch.tensor([examples[0][0][:40]])
     with torch.no_grad():
         expected = model.eval()(ids).logits
