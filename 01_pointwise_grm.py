@@ -376,7 +376,7 @@ SHOTS = [
 
 
 def what_decides(args, items: list[Preference]) -> dict:
-    """What decides the judgements of a run."""
+    """All that decides the judgements of a run, by name, as it is kept in unfinished.json."""
     names = ("quantize", "shots", "no_principles", "attack", "temperature", "max_new_tokens", "seed")
     return {name: getattr(args, name) for name in names} | {
         "model": fingerprint(args.model), "data (--data, --limit)": zlib.crc32(repr(items).encode()), "prompt": build_prompt("", ["", ""])}
@@ -435,6 +435,7 @@ def fingerprint(model: str, above: tuple[str, ...] = ()) -> list:
 
 
 def append(path: Path, text: str) -> None:
+    """Write `text` at the end of a file, on rank 0 alone. Raises DataError."""
     if RANK == 0:
         with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(text)
@@ -455,6 +456,7 @@ def put(path: Path, write) -> None:
 
 
 def as_lines(items: list[Preference], judged: list[tuple[str, Judgement]]) -> str:
+    """Outputs and what they say as lines of judgements.jsonl, each with its item."""
     return "".join(json.dumps(asdict(item) | {"output": output} | asdict(judgement), ensure_ascii=False) + "\n"
                    for item, (output, judgement) in zip(items, judged))
 

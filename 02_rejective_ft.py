@@ -759,6 +759,7 @@ def mean_and_se(values: list[float], clusters: list) -> tuple[float, float]:
 
 
 def append(path: Path, text: str) -> None:
+    """Write `text` at the end of a file, on rank 0 alone. Raises DataError."""
     if RANK == 0:
         with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(text)

@@ -615,6 +615,7 @@ def fingerprint(model: str, above: tuple[str, ...] = ()) -> list:
 
 
 def append(path: Path, text: str) -> None:
+    """Write `text` at the end of a file, on rank 0 alone. Raises DataError."""
     if RANK == 0:
         with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(text)
