@@ -639,11 +639,12 @@ class Batch:
 
     def draw(self, logits) -> None:
         """Choose the next token of every completion by its logits (rows, n, vocabulary)."""
-        token = logits.argmax(-1)
         if self.temperature > 0:  # the first at which the summed probabilities pass a random number
             sums = torch.softmax(logits.float() / self.temperature, -1).cumsum(-1)
             threshold = self.random.index_select(-1, self.step) * sums[..., -1:]
             token = torch.searchsorted(sums, threshold, right=True)[..., 0]
+        else:
+            token = logits.argmax(-1)
         self.token.copy_(token.masked_fill(self.finished, self.ends[0]))
         self.output.index_copy_(-1, self.step, self.token[..., None])
         self.finished |= (self.token[..., None] == self.ends).any(-1)

@@ -279,7 +279,9 @@ def set_trainable(model, args) -> None:
     adapters = [p for name, p in model.named_parameters() if "lora_" in name]
     if not adapters and args.lora_r:
         torch.manual_seed(args.seed)
-        kind = {"target_modules": "all-linear", "exclude_modules": ".*(vision|audio).*"}
+        kind = {"target_modules": "all-linear"}
+        if any(re.search("vision|audio", name) for name, _ in model.named_modules()):
+            kind["exclude_modules"] = ".*(vision|audio).*"  # what sees or hears stays as it is
         model.add_adapter(LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r, **kind))
     elif not adapters:
         require(not getattr(model, "is_quantized", False), "--quantize needs --lora-r to learn")
@@ -863,11 +865,12 @@ class Batch:
 
     def draw(self, logits) -> None:
         """Choose the next token of every completion by its logits (rows, n, vocabulary)."""
-        token = logits.argmax(-1)
         if self.temperature > 0:  # the first at which the summed probabilities pass a random number
             sums = torch.softmax(logits.float() / self.temperature, -1).cumsum(-1)
             threshold = self.random.index_select(-1, self.step) * sums[..., -1:]
             token = torch.searchsorted(sums, threshold, right=True)[..., 0]
+        else:
+            token = logits.argmax(-1)
         self.token.copy_(token.masked_fill(self.finished, self.ends[0]))
         self.output.index_copy_(-1, self.step, self.token[..., None])
         self.finished |= (self.token[..., None] == self.ends).any(-1)

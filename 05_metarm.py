@@ -228,6 +228,7 @@ def main():
     earlier = "runs/02_rejective_ft/trajectories.jsonl", "runs/03_grpo/rollouts.jsonl"
     args.learn = args.learn or [path for path in earlier if Path(path).exists()]
 
+    require(0 < args.k_meta <= 1, "--k-meta is a share: above 0, at most 1")
     samples = read_lines(args.samples, Judgement)
     total = sum(one.item == samples[0].item for one in samples)
     samples = [one for one in samples if len(one.rewards) > 1]

@@ -21,12 +21,12 @@ GOALS = {
 }
 TOGETHER = 3300  # the goal for the five
 REACHED = {
-    "01": (824, 45764, 824),
-    "02": (929, 49521, 398),
-    "03": (955, 51554, 340),
-    "04": (713, 38481, 280),
+    "01": (825, 45782, 825),
+    "02": (932, 49680, 400),
+    "03": (958, 51713, 340),
+    "04": (714, 38499, 280),
 }
-REACHED_TOGETHER = 4104
+REACHED_TOGETHER = 4113
 BUDGETS = GOALS | REACHED
 RULE = "# " + "-" * 98
 PATHS = {path.name[:2]: path for path in sorted(ROOT.glob("0[1-5]_*.py"))}
