@@ -247,7 +247,7 @@ def read_lines(path: str | Path, kind: type = Preference) -> list:
 # The parts of the prompt, in their order. They are all that a model knows about being a judge.
 TASK = "Judge each response to the conversation. Write the specific criteria that matter here with "
 TASK += "their weights, analyse every response against them, then score it."
-TASK_ALONE = "Judge each response to the conversation. Analyse every response, then score it."
+CRITIQUE_TASK = "Judge each response to the conversation. Analyse every response, then score it."
 SCALE = "Scores run from 1 (fails altogether) through 6 (meets some criteria) to 10 (meets all "
 SCALE += "criteria)."
 BINARY = "The score is 1 if the response is correct and 0 if it is not."
@@ -267,7 +267,7 @@ def build_prompt(one: Judgement, form: bool = True) -> str:
     """The judge's prompt. form: whether it ends with the form of the answer."""
     turns = [{"role": "user", "content": one.query}] if isinstance(one.query, str) else one.query
     turns = "\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
-    task, scale = TASK if one.principles else TASK_ALONE, BINARY if one.binary else SCALE
+    task, scale = TASK if one.principles else CRITIQUE_TASK, BINARY if one.binary else SCALE
     parts = [f"{task}\n{scale}{GENERAL}", block("Conversation", turns)]
     parts += [block("Reference answer", one.reference)] if one.reference else []
     parts += [block(f"Response {i}", text) for i, text in enumerate(one.responses, 1)]
@@ -283,14 +283,14 @@ SHOT = Judgement("Name three colours of the rainbow.", ["Red, brown.", "Red, gre
 SHOT.output = """Specific Criteria: all are in the rainbow (weight 3); there are three (weight 2).
 Analysis: Response 1 names two, one of them wrong. Response 2 names three, all of them right.
 Scores: \\boxed{1, 10}"""
-START_ALONE = "Analysis: Response 1"  # leads a judge past principles that it has learnt to write
+CRITIQUE_START = "Analysis: Response 1"  # leads a judge past principles that it has learnt to write
 
 
 def encode(tokenizer, one: Judgement, shots: bool = False) -> list[int]:
     """Token ids of a judgement's prompt, after a worked example if `shots`."""
     form = not shots or bool(tokenizer.chat_template)
     turns = [build_prompt(SHOT, form), SHOT.output] * shots + [build_prompt(one, form)]
-    return encode_turns(tokenizer, turns, "" if one.principles else START_ALONE)
+    return encode_turns(tokenizer, turns, "" if one.principles else CRITIQUE_START)
 
 
 def break_up(tokenizer, text: str) -> str:
@@ -371,7 +371,7 @@ def mean_and_se(values: list[float], items: list[Preference]) -> dict:
 
 def read_into(one: Judgement, completion: Sample, args) -> Judgement:
     """Write down what the judge wrote: output, tokens, scores, correct, reason. Returns `one`."""
-    one.output = (START_ALONE, "")[one.principles] + completion.text.partition(TASK)[0]
+    one.output = (CRITIQUE_START, "")[one.principles] + completion.text.partition(TASK)[0]
     one.tokens = len(completion.ids)
     one.scores, one.reason = read_scores(one.output, len(one.responses), one.binary)
     one.correct = is_correct(one.scores, one.rewards)

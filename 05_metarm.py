@@ -320,7 +320,7 @@ def read_lines(path: str | Path, kind: type = Preference) -> list:
 # The parts of the prompt, in their order. They are all that a model knows about being a judge.
 TASK = "Judge each response to the conversation. Write the specific criteria that matter here with "
 TASK += "their weights, analyse every response against them, then score it."
-TASK_ALONE = "Judge each response to the conversation. Analyse every response, then score it."
+CRITIQUE_TASK = "Judge each response to the conversation. Analyse every response, then score it."
 SCALE = "Scores run from 1 (fails altogether) through 6 (meets some criteria) to 10 (meets all "
 SCALE += "criteria)."
 BINARY = "The score is 1 if the response is correct and 0 if it is not."
@@ -340,7 +340,7 @@ def build_prompt(one: Judgement, form: bool = True) -> str:
     """The judge's prompt. form: whether it ends with the form of the answer."""
     turns = [{"role": "user", "content": one.query}] if isinstance(one.query, str) else one.query
     turns = "\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
-    task, scale = TASK if one.principles else TASK_ALONE, BINARY if one.binary else SCALE
+    task, scale = TASK if one.principles else CRITIQUE_TASK, BINARY if one.binary else SCALE
     parts = [f"{task}\n{scale}{GENERAL}", block("Conversation", turns)]
     parts += [block("Reference answer", one.reference)] if one.reference else []
     parts += [block(f"Response {i}", text) for i, text in enumerate(one.responses, 1)]
@@ -562,7 +562,7 @@ class Optimizer:
         self.adam.zero_grad()
         self.step += 1
         self.run.append("log.jsonl", [{"step": self.step, "norm": norm, **log}])
-        if RANK == 0 and (self.step % 50 == 0 or self.step == self.steps):
+        if RANK == 0 and (self.step % 10 == 0 or self.step == self.steps):
             state = {"step": self.step, "weights": self.parameters, "adam": self.adam.state_dict()}
             torch.save(state, self.run.folder / "checkpoint.part")
             os.replace(self.run.folder / "checkpoint.part", self.run.folder / "checkpoint.pt")

@@ -50,7 +50,9 @@ def test_other_forms_change_one_thing():
     assert prompt_of(hint="The first is right.") == f"{plain}\n(The first is right.)"
     assert prompt_of(binary=True) == plain.replace(grm.SCALE, grm.BINARY) != plain
     assert prompt_of(form=False) == plain.partition("\nAnswer in this form")[0]
-    assert grm.TASK_ALONE in alone and "\nAnalysis:" in alone and "Specific Criteria:" not in alone
+    assert (
+        grm.CRITIQUE_TASK in alone and "\nAnalysis:" in alone and "Specific Criteria:" not in alone
+    )
     assert prompt_of(reference="") == plain
 
 
