@@ -32,27 +32,19 @@ import math
 import os
 import random
 import re
-import shutil
 import sys
 import time
 import zlib
 from collections import Counter, namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
-from jinja2 import TemplateError
 from peft import LoraConfig
-from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-)
 
 
 def meta_prompt(one: Judgement) -> str:
@@ -79,7 +71,7 @@ def meta_model(base: str, args):
     config = causal.config
     config.num_labels, config.get_text_config().pad_token_id = 1, tokenizer.eos_token_id
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config)
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
     setattr(model, model.base_model_prefix, causal.base_model)
     width = model.score.in_features
     model.score = torch.nn.Linear(width, 1, bias=False, device=causal.device, dtype=torch.float32)
@@ -108,16 +100,15 @@ def meta_loss(model, examples: list[Example]) -> torch.Tensor:
 
 @torch.no_grad()
 def trust(model, tokenizer, judgements: list[Judgement]) -> list[float]:
-    """The meta reward of each judgement, -inf for those that cannot be read or are too long."""
+    """The meta reward of each judgement, -inf for those that cannot be read."""
     model.eval()
     rewards = torch.full((len(judgements),), -math.inf, dtype=torch.float64)
     examples = []
     for number, one in enumerate(judgements):
-        ids = tokenizer(break_up(tokenizer, meta_prompt(one)))["input_ids"]
-        if one.scores is not None and len(ids) <= context_of(model):
+        if one.scores is not None:
+            ids = tokenizer(break_up(tokenizer, meta_prompt(one)))["input_ids"]
             examples.append(Example(ids, [number]))
-    batches = micro_batches(examples)[RANK::RANKS]
-    for batch in batches:
+    for batch in micro_batches(examples)[RANK::RANKS]:
         with torch.autocast(model.device.type, torch.bfloat16, model.device.type == "cuda"):
             found = meta_rewards(model, [one.prompt for one in batch])
         rewards[[one.completion[0] for one in batch]] = found.double().cpu()
@@ -140,33 +131,29 @@ def vote_oracle(scores, correct, index) -> torch.Tensor:
     return vote_sum(torch.where(right[..., None], take(scores, index), math.nan))
 
 
-def accuracy(vote, best: torch.Tensor, total: int, k: int) -> torch.Tensor:
-    """The accuracy (items,) of vote(index), as the mean over random subsets of k samples."""
-    rounds = [right_and_tied(vote(index), best)[0] for index in subsets(len(best), total, k)]
-    return torch.stack(rounds).mean(0)
+def accuracy(rounds: list[torch.Tensor], best: torch.Tensor) -> torch.Tensor:
+    """The accuracy (items,) of votes on random subsets, (items, subsets, responses) a round."""
+    return torch.stack([right_and_tied(votes, best)[0] for votes in rounds]).mean(0)
 
 
 def guide(samples: list[Judgement], rewards: list[float], total: int, share: float) -> dict:
-    """Accuracy by k and k_meta: voting, guided, their paired gain, the oracle. The last row holds
-    the guided quarter of the samples against voting over all (MetaRM@8 against voting@32)."""
-    items, scores = samples[::total], score_tensor(samples, total)
+    """Accuracies (items,) by k and k_meta: voting, guided, their difference, the oracle. The last
+    row holds the guided quarter of the samples against voting over all (MetaRM@8 and voting@32)."""
+    scores, rows = score_tensor(samples, total), {}
     rewards = torch.tensor(rewards, dtype=torch.float64).view(-1, total)
     correct = torch.tensor([one.correct for one in samples]).view(-1, total)
-    best = torch.tensor([one.order[one.rewards.index(max(one.rewards))] for one in items])
-    few = max(1, total // 4)
+    best = [one.order[one.rewards.index(max(one.rewards))] for one in samples[::total]]
+    best, few = torch.tensor(best), max(1, total // 4)
     cases = [(k, max(1, round(share * k)), k) for k in powers(total)]
     cases += [(total, k_meta, total) for k_meta in (1, few)] + [(few, max(1, few // 2), total)]
-    rows = {}
     for k, k_meta, k_voting in cases:
-        ways = {
-            "voting": (lambda index: vote_sum(take(scores, index)), k_voting),
-            "guided": (lambda index, m=k_meta: vote_guided(scores, rewards, index, m), k),
-            "oracle": (lambda index: vote_oracle(scores, correct, index), k),
-        }
-        found = {name: accuracy(vote, best, total, size) for name, (vote, size) in ways.items()}
-        found["gain"] = found["guided"] - found["voting"]
-        title = f"{k_meta} of {k}" + (f" over {k_voting}" if k < k_voting else "")
-        rows[title] = {name: mean_and_se(of.tolist(), items) for name, of in found.items()}
+        drawn = list(subsets(len(best), total, k))
+        voting = [vote_sum(take(scores, index)) for index in subsets(len(best), total, k_voting)]
+        guided = [vote_guided(scores, rewards, index, k_meta) for index in drawn]
+        oracle = [vote_oracle(scores, correct, index) for index in drawn]
+        row = {"voting": accuracy(voting, best), "guided": accuracy(guided, best)}
+        row |= {"oracle": accuracy(oracle, best), "gain": row["guided"] - row["voting"]}
+        rows[f"{k_meta} of {k}" + (f" over {k_voting}" if k < k_voting else "")] = row
     return rows
 
 
@@ -184,11 +171,10 @@ def auc_within(samples: list[Judgement], rewards: list[float], total: int) -> di
 
 def judgements_to_learn(paths: list[str], measured: set[str]) -> list[Judgement]:
     """The judgements of these files that can be read and were made without a hint, but not of the
-    queries that are measured on. Of rollouts, made while the judge changed, the second half."""
+    queries that are measured on."""
     found = []
     for path in paths:
         drawn = read_lines(path, Judgement)
-        drawn = drawn[len(drawn) // 2 :] if path.endswith("rollouts.jsonl") else drawn
         found += [one for one in drawn if one.scores is not None and not one.hint]
     found = [one for one in found if str(one.query) not in measured]
     counts = Counter(one.correct for one in found)
@@ -212,7 +198,9 @@ def origin(samples: Path) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     option = parser.add_argument
-    option("--samples", default="runs/04_voting/samples_1.jsonl", help="of step 4, to vote on")
+    drawn = [str(path) for path in sorted(Path("runs/04_voting").glob("samples_*.jsonl"))]
+    drawn = (drawn or ["runs/04_voting/samples_1.jsonl"])[-1]
+    option("--samples", default=drawn, help="of step 4, to vote on; by default of its last model")
     option("--learn", nargs="+", help="files of judgements; by default of steps 2 and 3")
     option("--base", help="what the meta RM is made of; by default what the judge was made of")
     option("--quantize", choices=BITS, default="none", help="weights in 8 or 4 bits")
@@ -225,8 +213,10 @@ def main():
     option("--resume", action="store_true", help="go on with the run in --out")
     option("--out", default="runs/05_metarm", help="folder of the run")
     args = parser.parse_args()
-    earlier = "runs/02_rejective_ft/trajectories.jsonl", "runs/03_grpo/rollouts.jsonl"
-    args.learn = args.learn or [path for path in earlier if Path(path).exists()]
+    if not args.learn:  # the judge of the first rollouts was another one
+        rollouts = sorted(Path("runs/03_grpo/rollouts").glob("*.jsonl"))
+        args.learn = ["runs/02_rejective_ft/trajectories.jsonl", *rollouts[len(rollouts) // 2 :]]
+        args.learn = [str(path) for path in args.learn if Path(path).exists()]
 
     require(0 < args.k_meta <= 1, "--k-meta is a share: above 0, at most 1")
     samples = read_lines(args.samples, Judgement)
@@ -245,13 +235,12 @@ def main():
     unseen = [one for one in judgements if held_out(one.query)]
     areas = roc_auc(trust(model, tokenizer, unseen), [one.correct for one in unseen])
     rewards = trust(model, tokenizer, samples)
-    run.append("rewards.jsonl", [{"reward": reward} for reward in rewards], anew=True)
+    run.write("rewards.jsonl", [{"reward": reward} for reward in rewards])
     aucs = {"held-out judgements": mean_and_se(areas, unseen)}
     aucs["samples of one item"] = auc_within(samples, rewards, total)
     for name, row in aucs.items():
         print(f"ROC-AUC, {name}: {100 * row['mean']:.1f} +- {100 * row['se']:.1f} %")
-    rows = guide(samples, rewards, total, args.k_meta)
-    print_curve(rows)
+    rows = print_table("accuracy", guide(samples, rewards, total, args.k_meta), samples[::total])
     run.finish({"rows": rows, "auc": aucs, "examples": len(examples), "steps": steps})
 
 
@@ -280,12 +269,12 @@ class Preference:
     def __post_init__(self):
         turns = [] if isinstance(self.query, str) else self.query
         require(self.query and all(turn["role"] + turn["content"] for turn in turns), "no query")
-        n = len({text.strip() for text in self.responses} - {""})
+        n, best = len({text.strip() for text in self.responses} - {""}), max(self.rewards)
         require(n == len(self.responses) == len(self.rewards), "not n responses and n rewards")
-        self.rewards = [float(reward) for reward in self.rewards]
-        best = self.rewards.count(max(self.rewards)) == 1 and math.isfinite(sum(self.rewards))
-        require(best, "not one response has the best reward")
-        require(n > 1 or self.rewards[0] in (0, 1), "a single response's reward is not 0 or 1")
+        require(
+            self.rewards.count(best) == 1 and math.isfinite(sum(self.rewards)), "no best reward"
+        )
+        require(n > 1 or best in (0, 1), "a single response's reward is not 0 or 1")
 
 
 @dataclass
@@ -306,14 +295,14 @@ class Judgement(Preference):
 
 def read_lines(path: str | Path, kind: type = Preference) -> list:
     """The records of JSON Lines of our own, as objects of a dataclass. Raises UserError."""
-    names, records = [one.name for one in fields(kind)], []
+    names, records = {one.name for one in fields(kind)}, []
     try:
         for line in Path(path).read_bytes().strip().split(b"\n"):
             record = json.loads(line)
-            records.append(kind(**{name: record[name] for name in names if name in record}))
+            records.append(kind(**{name: record[name] for name in names & record.keys()}))
     except (OSError, UserError, ValueError, TypeError, LookupError, AttributeError) as error:
-        hint = "01_pointwise_grm.py --export converts other files"
-        raise UserError(f"{path}:{len(records) + 1}: {error} ({hint})") from None
+        where = f"{path}:{len(records) + 1}"
+        raise UserError(f"{where}: {error} (tests/tools/export.py reads other data)") from None
     return records
 
 
@@ -330,14 +319,13 @@ General criteria: following instructions, usefulness, detail, relevance.
 MARKER = re.compile(r"\[(?=\s*(conversation|reference|response)[^\[\]]*(begins|ends)\s*\])", re.I)
 
 
-def block(name: str, text: str) -> str:
-    """Untrusted text between markers. It can neither close the block nor bring a box of its own."""
-    text = MARKER.sub("(", text).replace("\\boxed", "\\ boxed")
-    return f"[{name} begins]\n{text}\n[{name} ends]\n"
-
-
 def build_prompt(one: Judgement, form: bool = True) -> str:
     """The judge's prompt. form: whether it ends with the form of the answer."""
+
+    def block(name: str, text: str) -> str:  # untrusted text, which cannot end its block
+        text = MARKER.sub("(", text).replace("\\boxed", "\\ boxed")  # nor bring a box of its own
+        return f"[{name} begins]\n{text}\n[{name} ends]\n"
+
     turns = [{"role": "user", "content": one.query}] if isinstance(one.query, str) else one.query
     turns = "\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns)
     task, scale = TASK if one.principles else CRITIQUE_TASK, BINARY if one.binary else SCALE
@@ -345,9 +333,9 @@ def build_prompt(one: Judgement, form: bool = True) -> str:
     parts += [block("Reference answer", one.reference)] if one.reference else []
     parts += [block(f"Response {i}", text) for i, text in enumerate(one.responses, 1)]
     criteria = "Specific Criteria: each criterion and its weight\n" if one.principles else ""
-    analysis = "Analysis: each response against each criterion\n"
     box = ", ".join(f"s{i}" for i in range(1, len(one.responses) + 1))
-    answer = f"Answer in this form:\n{criteria}{analysis}Scores: \\boxed{{{box}}}"
+    answer = "Analysis: each response against each criterion\nScores: \\boxed"
+    answer = f"Answer in this form:\n{criteria}{answer}{{{box}}}"
     return "\n".join(parts + [answer] * form) + (f"\n({one.hint})" if one.hint else "")
 
 
@@ -358,6 +346,22 @@ def break_up(tokenizer, text: str) -> str:
         if len(word) > 1 and (token.special or word in (tokenizer.chat_template or "")):
             text = text.replace(word, f"{word[0]} {word[1:]}")
     return text
+
+
+def end_tokens(model, tokenizer) -> list[int]:
+    """What ends a judgement. The first is the one to learn: the chat template's ("<end_of_turn>")
+    if it has one, else EOS. An empty line, as in encode_turns, ends the turn of a base model."""
+    own = model.generation_config.eos_token_id
+    ends = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "answer"}]
+        tail = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("answer")[2].lstrip()
+        first = tokenizer(tail, add_special_tokens=False)["input_ids"][:1]
+        ends = [token for token in first if token in tokenizer.added_tokens_decoder] + ends
+    else:
+        empty = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+        ends += empty if len(empty) == 1 else []
+    return [token for token in dict.fromkeys(ends) if token is not None]
 
 
 def mean_and_se(values: list[float], items: list[Preference]) -> dict:
@@ -374,82 +378,70 @@ def roc_auc(scores: list[float | None], right: list[bool]) -> list[float]:
     whose spread gives its error (DeLong 1988). Ties and unreadable scores (None) count half."""
     score = torch.tensor([math.nan if s is None else s for s in scores], dtype=torch.float64)
     right = torch.tensor(right, dtype=torch.bool)
-    ahead = score[right][:, None] - score[~right]
-    wins = (ahead.sign().nan_to_num(0.0) + 1) / 2  # (right, wrong): 1, 0, or 1/2
+    ahead = (score[right][:, None] - score[~right]).sign().nan_to_num(0.0)
+    wins = (ahead + 1) / 2  # (right, wrong): 1, 0, or 1/2
     values = torch.full_like(score, wins.mean())
     values[right] += (wins.mean(1) - wins.mean()) * len(score) / right.sum()
     values[~right] += (wins.mean(0) - wins.mean()) * len(score) / (~right).sum()
     return values.tolist()
 
 
+BITS, DTYPES = ["none", "int8", "nf4"], ["auto", "float32", "bfloat16"]
+
+
 # `torchrun --nproc-per-node N` starts N processes, a GPU each. Alone we are rank 0 of 1.
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+progress = partial(tqdm, delay=10, mininterval=1, disable=RANK > 0)  # of what takes ten seconds
+
+
 class Run:
     """The folder of a run. A new run moves what the folder holds to NAME.1, NAME.2, ...; --resume
-    goes on with it. A second process in the folder is refused. Ranks meet here; rank 0 writes."""
+    goes on with it. Ranks meet here, and rank 0 alone writes. Raises UserError, BlockingIOError."""
 
     def __init__(self, args):
-        self.folder, self.start, self.settings = Path(args.out), time.time(), vars(args)
-        path, resume = self.folder / "settings.json", self.settings.pop("resume")
+        self.folder, self.start, self.settings = Path(args.out), time.time(), dict(vars(args))
+        resume = self.settings.pop("resume")
         if RANK == 0:
-            self.open(path, resume)
+            self.open(self.folder, self.folder / "settings.json", resume)
         else:
             sys.stdout = open(os.devnull, "w")
         if RANKS > 1:
             torch.distributed.init_process_group()
             torch.distributed.barrier()
 
-    def open(self, path: Path, resume: bool) -> None:
-        """Make the folder, or go on with the run that it holds. Raises UserError."""
-        before = json.loads(path.read_text()) if path.exists() else {}
+    def open(self, folder: Path, path: Path, resume: bool) -> None:
+        require(path.exists() or not resume, f"--resume: there is no run in {folder}")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = open(f"{folder}.lock", "w")  # one process at a time
+        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        before = json.loads(path.read_text()) if resume else self.settings
         was = [f"{name} {value}" for name, value in before.items() if self.settings[name] != value]
-        require(before or not resume, f"--resume: there is no run in {self.folder}")
-        require(not (resume and was), f"--resume: the run in {self.folder} had {', '.join(was)}")
-        if before:
-            self.lock(path)
-        if self.folder.exists() and not resume:
-            names = (Path(f"{self.folder}.{number}") for number in itertools.count(1))
-            aside = self.folder.rename(next(name for name in names if not name.exists()))
-            print(f"what was in {self.folder} is now in {aside}")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        require(not was, f"--resume: the run in {folder} had {', '.join(was)}")
+        if folder.exists() and not resume:
+            number = next(n for n in itertools.count(1) if not Path(f"{folder}.{n}").exists())
+            print(f"what was in {folder} is now in {folder.rename(f'{folder}.{number}')}")
+        folder.mkdir(exist_ok=True)
         path.write_text(json.dumps(self.settings, indent=1) + "\n")
-        self.lock(path)
 
-    def lock(self, path: Path) -> None:
-        """Hold the run while this process lives. Raises BlockingIOError if another one does."""
-        self.handle = open(path)
-        fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def lines(self, name: str, kind: type) -> list:
-        """The records that an earlier part of the run left in a file; one that was cut off goes."""
-        path = self.folder / name
-        if path.exists():
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-        return read_lines(path, kind) if path.exists() and path.stat().st_size else []
-
-    def append(self, name: str, records, anew: bool = False) -> None:
-        """Add records to a file, or write it anew."""
+    def write(self, name: str, records) -> None:
+        """Write a file of JSON Lines, whole or not at all."""
         path = self.folder / name
         if RANK == 0:
-            part = path.with_suffix(".part") if anew else path
-            with open(part, "a", encoding="utf-8") as file:
+            path.parent.mkdir(exist_ok=True)
+            with open(path.with_suffix(".part"), "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in records)
-            os.replace(part, path)
+            os.replace(path.with_suffix(".part"), path)
 
     def finish(self, results: dict) -> None:
-        """Write results.json: the results, settings, versions, date and seconds."""
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        about = {"settings": self.settings, "date": time.strftime("%Y-%m-%d"), "versions": versions}
-        results |= about | {"seconds": round(time.time() - self.start)}
-        results = json.loads(json.dumps(results), parse_constant=lambda _: None)  # JSON has no NaN
+        """Write results.json: the results, settings, version, date and seconds."""
+        results |= {"settings": self.settings, "seconds": round(time.time() - self.start)}
+        results |= {"date": time.strftime("%Y-%m-%d"), "transformers": transformers.__version__}
+        text = json.dumps(results, indent=1).replace("NaN", "null")  # JSON has no NaN
         if RANK == 0:
-            (self.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+            (self.folder / "results.json").write_text(text + "\n")
         print(f"{results['seconds']} s; everything is in {self.folder}/")
-
-
-BITS, DTYPES = ["none", "int8", "nf4"], ["auto", "float32", "bfloat16"]
 
 
 def load_model(name: str, quantize: str = "none", dtype: str = "auto"):
@@ -460,51 +452,40 @@ def load_model(name: str, quantize: str = "none", dtype: str = "auto"):
     native = dtype == "bfloat16" or (device != "cpu" and torch.cuda.get_device_capability()[0] >= 8)
     kind = torch.bfloat16 if native and dtype != "float32" else torch.float32
     require(not Path(name, "model").is_dir(), f"{name} is a run: give its model, {name}/model")
-    options = {"dtype": kind, "device_map": {"": device}, "output_loading_info": True}
+    options = {"dtype": kind, "device_map": {"": device}}
     if quantize != "none":  # given, it would hide how a checkpoint is quantized already
         bits = {"load_in_4bit": quantize == "nf4", "load_in_8bit": quantize == "int8"}
-        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        bits = BitsAndBytesConfig(**bits, **nf4, bnb_4bit_compute_dtype=kind)
-        options["quantization_config"] = bits
+        bits |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            **bits, bnb_4bit_compute_dtype=kind
+        )
     name = str(Path(name).resolve()) if Path(name).exists() else name  # adapters name their base
+    options |= {"use_safetensors": True, "output_loading_info": True}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **options)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         except ValueError:  # an adapter may have none of its own
-            tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f"cannot load the model {name}: {why}") from None
+            tokenizer = transformers.AutoTokenizer.from_pretrained(model.config.name_or_path)
+        end_tokens(model, tokenizer)  # a chat template may be broken
+    except Exception as error:  # strangers' files fail in many ways
+        raise UserError(f"cannot load the model {name}: {str(error).splitlines()[0]}") from None
     require(not report["missing_keys"], f"{name} lacks weights: {report['missing_keys']}")
     for module in model.modules():
         module.support_avx512bf16_for_cpu = False  # else 4 bits lose their gradient on some CPUs
-        rates = [name for name, rate in vars(module).items() if "dropout" in name and rate]
-        rates += ["p"] * isinstance(module, torch.nn.Dropout)
-        for name in rates:
-            setattr(module, name, 0.0)  # the same weights give the same log-probabilities
+        drop = isinstance(module, torch.nn.Dropout)
+        for rate in [name for name in vars(module) if "dropout" in name or drop and name == "p"]:
+            setattr(module, rate, 0.0)  # the same weights give the same log-probabilities
     return model.eval(), tokenizer
-
-
-def context_of(model) -> int:
-    """Tokens that the model takes; with longrope, whose frequencies depend on the longest prompt of
-    a batch, only those of its original length."""
-    config = model.config.get_text_config()
-    original = getattr(config, "original_max_position_embeddings", None)
-    return original or getattr(config, "max_position_embeddings", sys.maxsize)
-
-
-def progress(title: str, total: int, first: int = 0):
-    """A progress bar, if it takes more than ten seconds; in a log, a line every ten seconds."""
-    wait = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(None, title, total, initial=first, delay=10, mininterval=wait, disable=RANK > 0)
 
 
 def start(main) -> None:
     """Run main(). What the user can put right is one line; a bug shows its traceback."""
     try:
         main()
-    except (UserError, TemplateError, BlockingIOError, torch.OutOfMemoryError) as error:
+    except BlockingIOError:
+        sys.exit("error: another process works in --out")
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: the same command with --resume goes on")
@@ -525,55 +506,47 @@ class Optimizer:
     steps, then falls along a cosine to a tenth of the peak. A checkpoint in the run is taken up."""
 
     def __init__(self, model, steps: int, args, run: Run):
-        self.lr, self.steps, self.run, self.step = args.lr, steps, run, 0
+        self.lr, self.steps, self.run, self.log = args.lr, steps, run, []
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        adam = torch.optim.AdamW
+        kind = {"betas": (0.9, 0.95), "weight_decay": 0.0}
+        self.adam = torch.optim.AdamW(self.parameters.values(), args.lr, **kind)
         if model.device.type == "cuda":
             model.gradient_checkpointing_enable({"use_reentrant": False})
-            if getattr(model, "is_quantized", False):
-                from bitsandbytes.optim import AdamW8bit as adam  # its state takes 8 bits, too
-        self.adam = adam(self.parameters.values(), args.lr, betas=(0.9, 0.95), weight_decay=0.0)
         path = run.folder / "checkpoint.pt"
         if path.exists():
             state = torch.load(path, map_location=model.device, weights_only=True)
             model.load_state_dict(state["weights"], strict=False)
             self.adam.load_state_dict(state["adam"])
-            self.step = state["step"]
-        log = run.folder / "log.jsonl"
-        lines = log.read_text().splitlines()[: self.step] if log.exists() else []
-        run.append("log.jsonl", map(json.loads, lines), anew=True)
+            self.log = state["log"]
 
     def update(self, log: dict) -> None:
         """Take a step against the gradients, summed over the ranks, and add `log` to log.jsonl."""
-        for parameter in self.parameters.values() if RANKS > 1 else ():
-            parameter.grad = (
-                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            )
-            torch.distributed.all_reduce(parameter.grad)
+        for p in self.parameters.values() if RANKS > 1 else ():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            torch.distributed.all_reduce(p.grad)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0).item()
-        require(math.isfinite(norm), f"step {self.step + 1}: the gradient is {norm}; lower --lr")
-        rise = max(1, round(0.1 * self.steps))
-        fall = 0.55 + 0.45 * math.cos(
-            math.pi * max(0, self.step - rise) / max(1, self.steps - rise)
-        )
+        step, rise = len(self.log), max(1, round(0.1 * self.steps))
+        require(math.isfinite(norm), f"step {step + 1}: the gradient is {norm}; lower --lr")
+        part = max(0, step - rise) / max(1, self.steps - rise)
+        rate = self.lr * min((step + 1) / rise, 0.55 + 0.45 * math.cos(math.pi * part))
         for group in self.adam.param_groups:
-            group["lr"] = self.lr * min((self.step + 1) / rise, fall)
+            group["lr"] = rate
         self.adam.step()
         self.adam.zero_grad()
-        self.step += 1
-        self.run.append("log.jsonl", [{"step": self.step, "norm": norm, **log}])
-        if RANK == 0 and (self.step % 10 == 0 or self.step == self.steps):
-            state = {"step": self.step, "weights": self.parameters, "adam": self.adam.state_dict()}
+        self.log.append({"step": step + 1, "norm": norm, **log})
+        self.run.write("log.jsonl", self.log)
+        if RANK == 0 and (len(self.log) % 10 == 0 or len(self.log) == self.steps):
+            state = {"log": self.log, "weights": self.parameters, "adam": self.adam.state_dict()}
             torch.save(state, self.run.folder / "checkpoint.part")
             os.replace(self.run.folder / "checkpoint.part", self.run.folder / "checkpoint.pt")
 
 
-def examples_of_step(step: int, count: int, size: int, seed: int) -> list[int]:
-    """Which of `count` examples a step takes: epoch after epoch, each in an order of its own."""
-    order = []
-    for epoch in range(step * size // count, ((step + 1) * size - 1) // count + 1):
-        order += shuffled(count, f"{seed} {epoch}")
-    return order[step * size % count :][:size]
+def stream(count: int, total: int, seed: int) -> list[int]:
+    """`total` numbers below `count`: epoch after epoch, each in an order of its own."""
+    numbers = []
+    while len(numbers) < total:
+        numbers += shuffled(count, f"{seed} {len(numbers) // count}")
+    return numbers[:total]
 
 
 MICRO_TOKENS = 8192  # of a forward pass in training, with padding: fewer take less memory
@@ -581,12 +554,12 @@ MICRO_TOKENS = 8192  # of a forward pass in training, with padding: fewer take l
 
 def micro_batches(examples: list) -> list[list]:
     """Split examples into batches of similar length, at most MICRO_TOKENS tokens with padding."""
-    batches, width = [], 0
-    for one in sorted(examples, key=lambda one: -len(one.prompt) - len(one.completion)):
-        if not batches or width * (len(batches[-1]) + 1) > MICRO_TOKENS:
-            batches.append([])
-            width = len(one.prompt) + len(one.completion)
-        batches[-1].append(one)
+    batches = []
+    examples = sorted(examples, key=lambda one: -len(one.prompt) - len(one.completion))
+    while examples:
+        size = max(1, MICRO_TOKENS // (len(examples[0].prompt) + len(examples[0].completion)))
+        batches.append(examples[:size])
+        examples = examples[size:]
     return batches
 
 
@@ -595,10 +568,11 @@ def train(model, examples: list[Example], loss_of, size: int, args, run: Run) ->
     examples. Returns the number of steps."""
     steps = math.ceil(args.epochs * len(examples) / size)
     optimizer = Optimizer(model, steps, args, run)
-    bar = progress("training", steps, optimizer.step)
+    first = len(optimizer.log)
+    bar = progress(range(first, steps), "training", steps, initial=first)
     model.train()
-    while optimizer.step < steps:
-        numbers = examples_of_step(optimizer.step, len(examples), size, args.seed)
+    for step in bar:
+        numbers = stream(len(examples), (step + 1) * size, args.seed)[-size:]
         batch, loss = [examples[i] for i in numbers], torch.zeros((), device=model.device)
         units = sum(len(one.completion) for one in batch)
         for part in micro_batches(batch[RANK::RANKS]):
@@ -610,22 +584,14 @@ def train(model, examples: list[Example], loss_of, size: int, args, run: Run) ->
             torch.distributed.all_reduce(loss)
         optimizer.update({"loss": loss.item()})
         bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-        bar.update()
-    bar.close()
     return steps
 
 
-def save(model, tokenizer, run: Run) -> Path:
+def save(model, tokenizer, run: Run) -> None:
     """Save all weights, or the adapters (in PEFT's format), to the run's folder model/."""
-    folder, part = run.folder / "model", run.folder / "model.part"
     if RANK == 0:
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
-    if RANKS > 1:
-        torch.distributed.barrier()
-    return folder
+        model.save_pretrained(run.folder / "model")
+        tokenizer.save_pretrained(run.folder / "model")
 
 
 def score_tensor(judgements: list[Judgement], k: int) -> torch.Tensor:
@@ -672,12 +638,17 @@ def powers(total: int) -> list[int]:
     return [2**i for i in range(total.bit_length()) if 2**i < total] + [total]
 
 
-def print_curve(curve: dict) -> None:
-    """Print figures, {title of a row: {name: {"mean", "se"}}}, in percent."""
-    print(f"{'':<12}" + "".join(f"{name:>17}" for name in next(iter(curve.values()))))
-    for title, row in curve.items():
-        cells = [f"{100 * one['mean']:.1f} +- {100 * one['se']:4.1f}" for one in row.values()]
-        print(f"{title:<12}" + "".join(f"{cell:>17}" for cell in cells))
+def print_table(title: str, rows: dict[str, dict], items: list[Preference]) -> dict[str, dict]:
+    """Print and return the means of values (items,), {row: {column: values}}, with their errors."""
+    print(f"\n{title}, %\n{'':<12}" + "".join(f"{name:>17}" for name in next(iter(rows.values()))))
+    figures = {}
+    for name, row in rows.items():
+        figures[name] = {column: mean_and_se(of.tolist(), items) for column, of in row.items()}
+        cells = [
+            f"{100 * one['mean']:.1f} +- {100 * one['se']:4.1f}" for one in figures[name].values()
+        ]
+        print(f"{name:<12}" + "".join(f"{cell:>17}" for cell in cells))
+    return figures
 
 
 if __name__ == "__main__":

@@ -75,8 +75,8 @@ def pretend(module, patch, write) -> list[str]:
         tokenizer, drawn = asked["tokenizer"], []
         for prompt in map(tokenizer.decode, asked["prompts"]):
             prompts.append(prompt)
-            texts = [write(prompt, asked["temperature"]) for _ in range(asked["n"])]
-            drawn.append([module.Sample(tokenizer(text)["input_ids"], text) for text in texts])
+            text = write(prompt, asked["temperature"])
+            drawn.append(tokenizer(text, add_special_tokens=False)["input_ids"])
         return drawn
 
     patch.setattr(module, "sample", sample)
@@ -101,8 +101,8 @@ def eval_pairs(step, count: int) -> list:
 def greedy(step, model, tokenizer, items) -> list:
     """The scores of greedy judgements, of which each shows both responses."""
     prompts = [step.encode(tokenizer, step.show(item, 0, [0, 1])) for item in items]
-    drawn = step.sample(model, tokenizer, prompts, 1, 0.0, ARGS)
-    return [step.read_scores(output.text, 2)[0] for [output] in drawn]
+    drawn = step.sample(model, tokenizer, prompts, 0.0, ARGS)
+    return [step.read_scores(tokenizer.decode(ids), 2)[0] for ids in drawn]
 
 
 def tensor(values):

@@ -28,7 +28,7 @@ def test_sampling_measures_every_way(monkeypatch, capsys):
 
 def test_tokens_are_counted_up_to_the_end():
     assert benchmark.count([[5, 6, 2, 0, 0], [5, 3, 2], [5, 6]], [2, 3]) == 3 + 2 + 2
-    samples = [[benchmark.grm.Sample([5, 2], ""), benchmark.grm.Sample([5], "")]]
+    samples = [[SimpleNamespace(ids=[5, 2]), SimpleNamespace(ids=[5])]]
     assert benchmark.count(samples, [2]) == 3
 
 

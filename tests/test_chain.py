@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from test_step2 import RIGHT, WRONG, Cut, judged, train_tiny
 
 SHORT = ["--max-new-tokens", 160, "--limit"]
-STEP2 = ["02_rejective_ft.py", "--epochs", 1, *SHORT, 10, 3]
-STEP3 = ["03_grpo.py", "--prompts", 2, "--group-size", 4, "--steps", 2, "--easy", 1, *SHORT, 6, 3]
+STEP2 = ["02_rejective_ft.py", "--epochs", 1, *SHORT, 10]
+STEP3 = ["03_grpo.py", "--prompts", 2, "--group-size", 4, "--steps", 2, *SHORT, 6]
 STEP4 = ["04_voting.py", "--k", 4, *SHORT, 12]
 STEP5 = ["05_metarm.py", "--epochs", 2]
 FILES = {
-    "runs/02_rejective_ft": "before after trajectories log model/model.safetensors",
-    "runs/03_grpo": "before after easy rollouts log model/adapter_model.safetensors",
-    "runs/04_voting": "samples_1",
+    "runs/02_rejective_ft": "trajectories hard log model/model.safetensors",
+    "runs/03_grpo": "rollouts/0001 rollouts/0002 log model/adapter_model.safetensors",
+    "runs/04_voting": "samples_1 samples_2 samples_3",
     "runs/05_metarm": "rewards log model/adapter_model.safetensors",
 }
 
@@ -69,7 +69,7 @@ def test_a_step_leaves_its_files_and_finite_figures(step, folder):
         assert (folder / step / (name if "." in name else f"{name}.jsonl")).stat().st_size, name
     results = json.loads((folder / step / "results.json").read_text())
     found = figures(results)
-    assert len(found) > 5
+    assert len(found) > 5 or step < "runs/04"
     assert all(math.isfinite(row["mean"]) and math.isfinite(row["se"]) for row in found)
     assert results["settings"] == json.loads((folder / step / "settings.json").read_text())
     if "log" in FILES[step]:
@@ -81,10 +81,18 @@ def test_a_step_leaves_its_files_and_finite_figures(step, folder):
 def test_a_step_finds_what_the_earlier_ones_left(folder):
     settings = [json.loads((folder / step / "settings.json").read_text()) for step in FILES]
     assert settings[1]["model"] == "runs/02_rejective_ft/model"
-    assert settings[2]["model"] == ["runs/03_grpo/model"]
+    assert settings[1]["data"] == "runs/02_rejective_ft/hard.jsonl"
+    models = str(JUDGE), "runs/02_rejective_ft/model", "runs/03_grpo/model"
+    assert settings[2]["model"] == [*models]
+    assert settings[3]["samples"] == "runs/04_voting/samples_3.jsonl"
     lines = lines_of(folder / "runs/02_rejective_ft/trajectories.jsonl")
     assert {"kept", "wrong"} <= {line["reason"] for line in lines}
-    assert len(lines_of(folder / "runs/03_grpo/rollouts.jsonl")) == 2 * 2 * 4
+    easy = {line["item"] for line in lines if line["reason"] == "too easy"}
+    assert len(lines_of(folder / "runs/02_rejective_ft/hard.jsonl")) == 10 - len(easy)
+    rollouts = sorted((folder / "runs/03_grpo/rollouts").iterdir())
+    assert [len(lines_of(path)) for path in rollouts] == [2 * 4] * 2
+    learnt = ["runs/02_rejective_ft/trajectories.jsonl", "runs/03_grpo/rollouts/0002.jsonl"]
+    assert settings[3]["learn"] == learnt
     before = load_file(JUDGE / "model.safetensors")
     after = load_file(folder / "runs/02_rejective_ft/model/model.safetensors")
     assert any(not torch.equal(after[name], before[name]) for name in after)
@@ -104,7 +112,7 @@ def test_killed_in_training_and_resumed(folder, monkeypatch, capsys):
 
 def test_step_3_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     """With made-up rollouts, for speed: 54 steps, cut off in the 54th, after the checkpoint."""
-    grpo, last, command = load_script("03_grpo"), [53], [*STEP3, "--steps", 54, "--easy", 0]
+    grpo, last, command = load_script("03_grpo"), [53], [*STEP3, "--steps", 54]
 
     def roll_out(model, tokenizer, items, args, step):
         if step == last[0]:
@@ -122,7 +130,7 @@ def test_step_3_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     last[0] = None
     run_here(monkeypatch, tmp_path, *command, "--out", "cut", "--resume")
     run_here(monkeypatch, tmp_path, *command, "--out", "whole")
-    files = ["before.jsonl", "log.jsonl", "rollouts.jsonl"]
+    files = ["log.jsonl", *(f"rollouts/{number:04}.jsonl" for number in range(1, 55))]
     same_runs(tmp_path / "whole", tmp_path / "cut", files)
 
 
@@ -145,7 +153,8 @@ torch.save(weights, f"weights_{{module.RANK}}.pt")
 
 def test_two_ranks_do_what_one_does(tmp_path):
     """In one start: steps 2 and 3, and two trainings, of which one leaves the second rank idle."""
-    commands = [STEP2, [*STEP3, "--model", JUDGE, "--steps", 1]]
+    data = ["--model", JUDGE, "--data", JUDGE.parent / "train.jsonl"]  # the same for both ranks
+    commands = [STEP2, [*STEP3, *data]]
     commands = [list(map(str, command)) for command in commands]
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER.format(tests=str(JUDGE.parents[1]), commands=commands))
@@ -153,7 +162,7 @@ def test_two_ranks_do_what_one_does(tmp_path):
     _, told = process.communicate(timeout=600)
     assert process.returncode == 0, told[-3000:]
     for step in list(FILES)[:2]:
-        assert figures(json.loads((tmp_path / step / "results.json").read_text()))
+        assert (tmp_path / step / "results.json").exists()
         for name in FILES[step].split():
             assert (tmp_path / step / (name if "." in name else f"{name}.jsonl")).exists(), name
     alone = [train_tiny(tmp_path / f"alone{size}", size=size)[0] for size in (3, 1)]
@@ -172,7 +181,6 @@ def test_two_ranks_do_what_one_does(tmp_path):
         ("02_rejective_ft.py --data missing.jsonl", "missing.jsonl"),
         ("02_rejective_ft.py --data broken.jsonl", "broken.jsonl:2"),
         ("02_rejective_ft.py --data empty.jsonl", "empty.jsonl"),
-        ("02_rejective_ft.py --data good.jsonl --eval good.jsonl", "nothing to learn"),
         ("02_rejective_ft.py --model folder", "folder"),
         ("02_rejective_ft.py --resume --out none", "--resume"),
         ("02_rejective_ft.py --lr fast", "--lr"),

@@ -18,7 +18,7 @@ CHECKS = {name[5:9]: check for name, check in vars(exercises).items() if name.st
 # Changes of the solutions that a student might make: a text becomes another one.
 MISTAKES = {
     "01_1": [("0.425", "0.0"), ("0.0, 1.0", "0.425, 1.0")],
-    "01_2": [("[response], [1]", "item.responses, item.rewards"), ("1, 0.0, args", "1, 1.0, args")],
+    "01_2": [("[response], [1]", "item.responses, item.rewards"), ("0.0, args", "1.0, args")],
     "01_3": [("[start + ", "["), ("starts[-1])", '"")')],
     "02_1": [("0.288", "0.512"), ("0.375", "0.5")],
     "02_2": [("any(one.correct", "all(one.correct"), ("one.hint and solved", "solved")],

@@ -1,11 +1,11 @@
-"""Layouts of step 1: a record made by hand for each, and what is refused rather than guessed."""
+"""Layouts of public data: a record made by hand for each; what is refused rather than guessed."""
 
 import json
 
+import export
 import pytest
-from conftest import load_script
 
-grm = load_script("01_pointwise_grm")
+grm = export.grm  # step 1
 
 GOOD, BAD = "Ripe ones sink.", "All of them."
 USER = {"role": "user", "content": "Which?"}
@@ -22,7 +22,7 @@ def offline(monkeypatch, tmp_path):
 def read(tmp_path, *records, skip_bad=False):
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return grm.import_preferences(str(path), skip_bad)
+    return export.import_preferences(str(path), skip_bad)
 
 
 def said(text):
@@ -46,6 +46,11 @@ RMB = {"conversation_input": [USER], "category_path": "x/y"}
 PAIR = ASKED | {"chosen": GOOD, "rejected": BAD}
 HALVES = ASKED | {"response_1": GOOD, "response_2": BAD}
 LETTERS = {"question": "Which?", "response_A": GOOD, "response_B": BAD}
+SUMMARIES = [{"text": BAD}, {"text": GOOD}]
+WEBGPT = {"answer_0": GOOD, "answer_1": BAD, "score_0": 0.5, "score_1": -0.5}
+LMSYS = {"response_b": f'["{GOOD}"]', "winner_model_b": 1, "winner_tie": 0}
+ARENA = {"winner": "model_b", "model_a": "x", "model_b": "y"}
+NECTAR = [{"answer": BAD, "rank": 2.0}, {"answer": GOOD, "rank": 1.0}]
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"name": "weigh"}]}
 LAYOUTS = {
     "RewardBench": PAIR | {"chosen_model": "x", "subset": "fruit", "id": 3},
@@ -64,6 +69,16 @@ LAYOUTS = {
     "PPE correctness": HALVES | {"scores": [True, False], "question": "Which"},  # in the prompt
     "RMB": RMB | {"chosen": {"answer": GOOD, "llm_name": "x"}, "reject": {"answer": BAD}},
     "UltraFeedback": {"instruction": "Which?", "completions": [RATED, RATED | OTHER]},
+    "AlpacaFarm": {"instruction": "Which?", "output_1": BAD, "output_2": GOOD, "preference": 2.0},
+    "Auto-J": ASKED | {"response 1": GOOD, "response 2": BAD, "label": 0, "scenario": "x"},
+    "PKU-SafeRLHF": ASKED | {"response_0": BAD, "response_1": GOOD, "better_response_id": 1},
+    "TL;DR": {"info": {"post": "Which?"}, "summaries": SUMMARIES, "choice": 1},
+    "WebGPT": WEBGPT | {"question": {"full_text": "Which?", "id": "7"}},
+    "LMSYS": {"prompt": '["Which?"]', "response_a": f'["{BAD}"]', "winner_model_a": 0} | LMSYS,
+    "Arena": {"conversation_a": [USER, said(BAD)], "conversation_b": [USER, said(GOOD)]} | ARENA,
+    "SHP": {"history": "Which?", "human_ref_A": GOOD, "human_ref_B": BAD, "labels": 1},
+    "Nectar": {"prompt": hh("Which?", ""), "answers": NECTAR},
+    "capital turns": {"chosen": hh("Which?", GOOD).upper(), "rejected": hh("Which?", BAD).upper()},
     "scores": ASKED | {"responses": [BAD, GOOD], "scores": [-0.5, 2]},
 }
 
@@ -71,7 +86,9 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_pair(tmp_path, name):
     [item] = read(tmp_path, LAYOUTS[name])
-    assert item.query == "Which?" and ranking(item) == [GOOD, BAD]
+    texts = [item.query, *ranking(item)]
+    upper = name == "capital turns"
+    assert texts == [text.upper() if upper else text for text in ("Which?", GOOD, BAD)]
     assert read(tmp_path, LAYOUTS[name]) == [item]  # its order follows from the content
 
 
@@ -101,6 +118,23 @@ def test_several_pairs_in_a_record(tmp_path):
 def test_single_response(tmp_path, label, right):
     [item] = read(tmp_path, {"input": "Which?", "llm_response": GOOD, "label": label})
     assert (item.query, item.responses, item.rewards) == ("Which?", [GOOD], [right])
+
+
+def test_ratings_of_one_response_each(tmp_path):
+    rows = [ASKED | {"response": text, "helpfulness": n} for text, n in ((BAD, 1), (GOOD, 4))]
+    rows += [
+        row | {"prompt": "Who?\n<extra_id_1>Assistant\nI.\n<extra_id_1>User\nWhy?"} for row in rows
+    ]
+    first, second = read(tmp_path, *rows)
+    assert first.query == "Which?" and ranking(first) == ranking(second) == [GOOD, BAD]
+    assert [turn["role"] for turn in second.query] == ["user", "assistant", "user"]
+    assert [turn["content"] for turn in second.query] == ["Who?", "I.", "Why?"]
+
+
+def test_single_completions(tmp_path):
+    kto = {"prompt": [USER], "completion": [said(GOOD)], "label": True}
+    items = read(tmp_path, kto, kto | {"completion": [said(BAD)], "label": False})
+    assert [(item.responses, item.rewards) for item in items] == [([GOOD], [1]), ([BAD], [0])]
 
 
 QUERIES = [
@@ -162,9 +196,9 @@ def test_files_and_splits(tmp_path, capsys):
     data.to_parquet(folder / "test.parquet")
     (tmp_path / "a.json").write_text(json.dumps([PAIR], indent=1))
     for source in ("a.csv", "a.tsv", "a.json", "owner/name/train.parquet", "owner/name:test"):
-        assert grm.import_preferences(source, False) == read(tmp_path, PAIR)
+        assert export.import_preferences(source, False) == read(tmp_path, PAIR)
     assert "test" in capsys.readouterr().out
     (tmp_path / "page.jsonl").write_text("<html>")
     for source in ("page.jsonl", "no/such", "nothing.csv", "owner/name:dev"):
         with pytest.raises(grm.UserError, match=source):
-            grm.import_preferences(source, False)
+            export.import_preferences(source, False)

@@ -57,10 +57,11 @@ def random_prompts(*lengths):
 
 
 def draw(model, prompts, n=1, temperature=0.0, length=30, seed=0):
+    """n completions of every prompt."""
     args = SimpleNamespace(max_new_tokens=length)
-    drawn = grm.sample(model, Letters(), prompts, n, temperature, args, seed)
-    assert all(one.text == Letters().decode(one.ids, True) for row in drawn for one in row)
-    return [[one.ids for one in row] for row in drawn]
+    repeated = [prompt for prompt in prompts for _ in range(n)]
+    drawn = grm.sample(model, Letters(), repeated, temperature, args, seed)
+    return [drawn[i : i + n] for i in range(0, len(drawn), n)]
 
 
 def generate(model, prompt, length=30):

@@ -2,8 +2,8 @@
 
 import fcntl
 import json
+import subprocess
 import sys
-from types import ModuleType
 
 import pytest
 from conftest import JUDGE, ROOT, load_script, refusal, run, run_here
@@ -68,13 +68,6 @@ def test_own_text_as_a_command(tmp_path):
     assert not [*tmp_path.rglob("results.json")]
 
 
-def test_pasted_into_a_notebook_the_definitions_run(monkeypatch):
-    cell = ModuleType("cell")  # it has no __file__
-    monkeypatch.setitem(sys.modules, "cell", cell)
-    exec(compile((ROOT / STEP).read_text(), "cell", "exec"), vars(cell))
-    assert cell.read_scores("Scores: \\boxed{9, 2}", 2)[0] == [9, 2]
-
-
 def test_ranks_share_the_prompts(step, tmp_path):
     options = "--limit", 7, "--max-new-tokens", 20
     run(tmp_path, STEP, *options, "--out", "both", ranks=2)
@@ -85,10 +78,16 @@ def test_ranks_share_the_prompts(step, tmp_path):
 def test_other_layouts_are_exported_and_bad_records_left_out(step, tmp_path):
     row = {"prompt": ROW["query"], "chosen": "Take rope.", "rejected": "Take tent."}
     write(tmp_path / "pairs.jsonl", [row, {"a": 1}])
-    assert "pairs.jsonl:2" in step("--data", "pairs.jsonl", refuses=True)
-    options = "--data", "pairs.jsonl", "--skip-bad", "--export", "ours.jsonl"
-    assert "pairs.jsonl:2" in step(*options)
-    assert "ours.jsonl exists" in step(*options, refuses=True)
+    assert "tests/tools/export.py" in step("--data", "pairs.jsonl", refuses=True)
+    command = [sys.executable, ROOT / "tests/tools/export.py", "pairs.jsonl", "ours.jsonl"]
+    for more, code, told in (
+        ([], 1, "pairs.jsonl:2"),
+        (["--skip-bad"], 0, "pairs.jsonl:2"),
+        (["--skip-bad"], 1, "ours.jsonl exists"),
+    ):
+        how = {"cwd": tmp_path, "capture_output": True, "text": True}
+        done = subprocess.run([*command, *more], **how)
+        assert done.returncode == code and told in done.stdout + done.stderr
     step("--data", "ours.jsonl", "--no-principles", "--max-new-tokens", 60)
     [one] = judgements(tmp_path / "out")
     assert one.output.startswith("Analysis: Response 1") and "Criteria" not in one.output
@@ -124,17 +123,17 @@ def test_an_interrupted_run_goes_on(step, tmp_path, monkeypatch):
         step(*options)
     assert judgements(tmp_path / "out.1") == whole, "the earlier run was not moved aside"
     first = judgements(out)
-    with open(out / "judgements.jsonl", "a") as file:
-        file.write('{"query": "Ma')  # killed while it wrote
+    (out / "judgements.part").write_text('{"query": "Ma')  # killed while it wrote
     assert "limit 10" in step("--limit", 9, "--max-new-tokens", 9, "--resume", refuses=True)
     for _ in range(2):  # the second time nothing is left to do
         step(*options, "--resume")
         assert judgements(out)[:4] == first and len(judgements(out)) == 10
         assert calls == [4, 4, 4, 2] and not (tmp_path / "out.2").exists()
-    with open(out / "settings.json") as file:
+    with open(tmp_path / "out.lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # as a second process would
         for more in ((), ("--resume",)):
-            assert step(*options, *more, refuses=True) and len(judgements(out)) == 10
+            assert "another process" in step(*options, *more, refuses=True)
+    assert len(judgements(out)) == 10
     assert step("--resume", "--out", "none", refuses=True) and not (tmp_path / "none").exists()
 
 

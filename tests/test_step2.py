@@ -104,7 +104,7 @@ def test_ask_three_times_without_and_once_with_a_hint(tmp_path):
     assert rft.ask(items, options(tmp_path, ablate="no-hinted")) == plain
 
 
-def test_examples_are_outputs_after_prompts_without_a_hint(tmp_path, monkeypatch):
+def test_examples_are_outputs_after_prompts_without_a_hint(tmp_path):
     model, tokenizer = rft.load_model(str(JUDGE))
     kept = [judged(RIGHT, hint="The best response is number 2."), judged(RIGHT)]
     for one in kept:
@@ -124,10 +124,6 @@ def test_examples_are_outputs_after_prompts_without_a_hint(tmp_path, monkeypatch
     prompt, completion = tokenizer.decode(mixed[3].prompt), mixed[3].completion
     assert "Be brief." in prompt and "Name a tool." in prompt and "Saw." not in prompt
     assert tokenizer.decode(completion[:-1]) == "Saw." and completion[-1] == end
-    longest = sum(map(len, examples[0]))
-    for room, expected in ((longest, examples), (longest - 1, [])):
-        monkeypatch.setattr(model.config, "max_position_embeddings", room)
-        assert rft.make_examples(model, tokenizer, kept, options(tmp_path)) == expected
     file.write_text('{"messages": 3}')
     with pytest.raises(rft.UserError):
         rft.make_examples(model, tokenizer, kept, args)
@@ -137,27 +133,23 @@ def test_examples_are_outputs_after_prompts_without_a_hint(tmp_path, monkeypatch
 def test_log_probs_and_gradients_are_those_of_the_plain_model(family, monkeypatch):
     monkeypatch.setattr(rft, "LOGITS_AT_ONCE", 5 * 61)  # chunks of five tokens
     model = tiny(family)
-    plain, own = plain_log_probs(model, PAIRS), rft.own_log_probs(model, EXAMPLES)
-    found = rft.completion_log_probs(model, EXAMPLES)
+    plain, found = plain_log_probs(model, PAIRS), rft.completion_log_probs(model, EXAMPLES)
     torch.testing.assert_close(found, plain, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(own, plain.detach(), atol=1e-4, rtol=1e-4)
-    rft.check_close(model, found, own)
+    rft.check_loss(model, EXAMPLES)
     same_gradients(model, rft.completion_loss(model, EXAMPLES), -plain.sum())
 
 
 def test_a_head_that_is_more_than_a_product_is_refused():
     model = tiny("modernbert-decoder", local_attention=8)
-    with pytest.raises(rft.UserError):
-        found = rft.completion_log_probs(model, EXAMPLES)
-        rft.check_close(model, found, rft.own_log_probs(model, EXAMPLES))
+    with pytest.raises(rft.UserError, match="loss"):
+        rft.check_loss(model, EXAMPLES)
 
 
 @pytest.mark.parametrize("count, size", [(7, 3), (2, 5), (6, 6), (1, 4)])
 def test_every_epoch_is_a_permutation(count, size):
-    taken = [rft.examples_of_step(step, count, size, 0) for step in range(4 * count)]
-    stream = sum(taken, [])
+    stream = rft.stream(count, 4 * count * size, 0)
     epochs = [stream[i : i + count] for i in range(0, len(stream), count)]
-    assert all(len(one) == size for one in taken)
+    assert rft.stream(count, 3 * size, 0) == stream[: 3 * size] and len(stream) == 4 * count * size
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
     assert count < 6 or len(set(map(tuple, epochs))) > 2
 
@@ -188,33 +180,6 @@ def test_learning_rate_and_log(tmp_path):
         optimizer.update({})
 
 
-def test_split_shares_no_query(tmp_path):
-    path, other, many = tmp_path / "data.jsonl", tmp_path / "eval.jsonl", '["x", "y"]'
-    line = '{{"query": "{}", "responses": {}, "rewards": {}}}\n'
-    lines = [line.format(name, many, [1, 0]) for name in "abcadecf"]  # a and c come twice
-    lines.insert(5, line.format("single", '["x"]', [1]))
-    path.write_text("".join(lines))
-    other.write_text("".join(lines[i] for i in (1, 5, 2, 0)))
-    for evaluation, limit, learnt, measured in (
-        (other, [9, 3], ["a", "a", "d", "e", "f"], ["b", "c"]),
-        (other, [1, 9], ["d"], ["b", "c", "a"]),
-        ("held-out", [9, 2], ["a", "b", "a", "d", "single", "e"], ["c", "f"]),
-    ):
-        args = options(tmp_path, data=str(path), eval=str(evaluation), limit=limit)
-        assert [[one.query for one in part] for part in rft.split(args)] == [learnt, measured]
-
-
-def test_compare_by_hand(capsys):
-    both = [RIGHT, WRONG, TIE, None], [RIGHT, RIGHT, TIE, WRONG]
-    found = rft.compare(*[[judged(s, query=f"q{i}") for i, s in enumerate(of)] for of in both])
-    expected = {"accuracy": [0.5, 0.625, 0.125], "strict": [0.25, 0.5, 0.25]}
-    for name, values in (expected | {"unreadable": [0.25, 0, -0.25]}).items():
-        assert [row["mean"] for row in found[name]] == values
-    # the gains of four queries are 0, 1, 0, -0.5
-    assert found["accuracy"][2]["se"] == pytest.approx(math.sqrt(1.1875 / 4 / 3))
-    assert "12.5" in capsys.readouterr().out
-
-
 def test_what_is_trained(tmp_path):
     model, _ = rft.load_model(str(JUDGE), dtype="bfloat16")
     rft.set_trainable(model, options(tmp_path))
@@ -243,7 +208,9 @@ def test_saved_adapters_are_pefts_and_load_from_anywhere(tmp_path, monkeypatch):
             parameter += 0.05 * torch.randn_like(parameter)
         logits = model(ids).logits
         assert (logits - base(ids).logits).abs().max() > 0.1
-        folder = rft.save(model, tokenizer, rft.Run(options(tmp_path, model="judge")))
+        run = rft.Run(options(tmp_path, model="judge"))
+        rft.save(model, tokenizer, run)
+        folder = run.folder / "model"
         by_peft = peft.PeftModel.from_pretrained(base, folder).eval()
         torch.testing.assert_close(by_peft(ids).logits, logits)
         monkeypatch.chdir(tmp_path)

@@ -76,21 +76,24 @@ def test_scores_are_put_back_into_the_items_order():
     assert found[0, 1, :2].isnan().all()
 
 
-def test_scaling_on_numbers_worked_out_by_hand():
+def test_scaling_on_numbers_worked_out_by_hand(capsys):
     """q0 is right in three of four samples, but its sum is wrong; one of q1 cannot be read."""
     rows = [(0, [0, 1], [0, 1], [5, 6])] * 2 + [(0, [0, 1], [1, 0], [1, 9])]
     rows += [(0, [0, 1], [1, 0], [6, 5])] + [(1, [1, 0], [0, 1], [8, 2])] * 3
     rows += [(1, [1, 0], [0, 1], None)]
     rows[4:4] = [(2, [1], [0], [9])] * 4  # a single response has no part in it
     items, samples = zip(*[judged(*row) for row in rows])
-    curve, accuracies = voting.scaling(list(items[::4]), list(samples), 4)
+    values = voting.scaling([one for one in samples if len(one.rewards) > 1], 4)
+    many = [item for item in items[::4] if len(item.responses) > 1]
+    curve = voting.print_table("judge", values, many)
+    assert "81.2 +-  6.2" in capsys.readouterr().out
     expected = {  # of q0 and q1; of two pairs of q0's samples, one holds the [9, 1]
         1: {"sum": [0.75, 0.875], "majority": [0.75, 0.875], "strict": [0.75, 0.75]},
         2: {"sum": [0.5, 1], "majority": [0.75, 1], "strict": [0.5, 1]},
         4: {"sum": [0, 1], "majority": [1, 1], "strict": [0, 1]},
     }
     for k, row in expected.items():
-        assert list(accuracies[k]) == pytest.approx(row["sum"])
+        assert values[k]["sum"].tolist() == pytest.approx(row["sum"])
         for name, (first, second) in row.items():
             assert curve[k][name]["mean"] == pytest.approx((first + second) / 2), (k, name)
             assert curve[k][name]["se"] == pytest.approx(abs(first - second) / 2)
@@ -104,6 +107,6 @@ def test_powers_and_a_plot_of_names_that_look_like_formulas(tmp_path):
     assert [voting.powers(k) for k in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
     plot, path = importlib.import_module("plot"), tmp_path / "results.json"  # of tests/tools
     curve = {k: {"sum": {"mean": 0.5 + k / 100, "se": 0.02}} for k in (1, 2, 4)}
-    path.write_text(json.dumps({"curves": {"$^$_a/model": curve, "b_{c": curve}}))
+    path.write_text(json.dumps({"figures": {"$^$_a/model": curve, "b_{c": curve, "b minus a": {}}}))
     plot.plot(plot.curves_of(tmp_path), tmp_path / "voting.png")
     assert (tmp_path / "voting.png").read_bytes().startswith(b"\x89PNG")

@@ -11,9 +11,9 @@ def judge_alone(model, tokenizer, items: list[Preference], args) -> list[list[in
         for response in item.responses:
             one = Judgement(item.query, [response], [1], reference=item.reference)
             prompts.append(encode(tokenizer, one, args.shots))
-    drawn = iter(sample(model, tokenizer, prompts, 1, 0.0, args))
+    drawn = iter(sample(model, tokenizer, prompts, 0.0, args))
     result = []
     for item in items:
-        scores = [read_scores(next(drawn)[0].text, 1)[0] for _ in item.responses]
+        scores = [read_scores(tokenizer.decode(next(drawn)), 1)[0] for _ in item.responses]
         result.append(None if None in scores else [score for [score] in scores])
     return result

@@ -10,5 +10,6 @@ def judge_by(model, tokenizer, items: list[Preference], principles: list[str], a
         one = show(item, number, list(range(len(item.responses))))
         starts.append(f"Specific Criteria: {text}.\nAnalysis:")
         prompts.append(encode_turns(tokenizer, [build_prompt(one)], starts[-1]))
-    drawn = sample(model, tokenizer, prompts, 1, 0.0, args)
-    return [start + completion.text for start, [completion] in zip(starts, drawn)]
+    drawn = sample(model, tokenizer, prompts, 0.0, args)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in drawn]
+    return [start + text for start, text in zip(starts, texts)]

@@ -14,8 +14,8 @@ def hint_effect(model, tokenizer, items: list[Preference], args) -> tuple[float,
                 number = (one.rewards.index(max(one.rewards)) + shift) % 2 + 1
                 one.hint = f"The best response is number {number}."
             prompts.append(encode(tokenizer, one, args.shots))
-        drawn = sample(model, tokenizer, prompts, 1, 1.0, args, args.seed)
-        scores = [read_scores(completion.text, 2)[0] for [completion] in drawn]
+        drawn = sample(model, tokenizer, prompts, 1.0, args, args.seed)
+        scores = [read_scores(tokenizer.decode(ids), 2)[0] for ids in drawn]
         right = [is_correct(of_one, one.rewards) for of_one, one in zip(scores, asked)]
         shares.append(sum(right) / len(right))
     return tuple(shares)

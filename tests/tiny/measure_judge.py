@@ -26,12 +26,8 @@ def judge(model, tokenizer, items, args) -> list:
     """args.k judgements of each item, each with the responses in an order of its own."""
     asked = step.ballots(items, args.k, "measure")
     prompts = [step.encode(tokenizer, one) for one in asked]
-    drawn = step.sample(model, tokenizer, prompts, 1, args.temperature, args)
-    for one, [completion] in zip(asked, drawn):
-        one.output = completion.text
-        one.scores = step.read_scores(completion.text, len(one.responses))[0]
-        one.correct = step.is_correct(one.scores, one.rewards)
-    return asked
+    drawn = step.sample(model, tokenizer, prompts, args.temperature, args)
+    return [step.read_into(one, ids, tokenizer, args) for one, ids in zip(asked, drawn)]
 
 
 def main():
@@ -47,8 +43,8 @@ def main():
     items = [item for item in step.read_lines(args.data) if len(item.responses) == 2]
     items = items[: args.items]
     judged = judge(*step.load_model(args.model), items, args)
-    print(f"{len(items)} items with two responses, {args.k} samples each, by k, %")
-    step.print_curve(step.scaling(items, judged, args.k)[0])
+    title = f"{len(items)} items with two responses, {args.k} samples each, by k"
+    step.print_table(title, step.scaling(judged, args.k), items)
     unreadable = sum(one.scores is None for one in judged) / len(judged)
     print(f"unreadable: {unreadable:.1%}\n\nin the judgements:")
     figures = read_judgements.summary([asdict(one) for one in judged])

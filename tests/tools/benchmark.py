@@ -12,6 +12,7 @@
 """
 
 import argparse
+import copy
 import ctypes
 import gc
 import importlib.util
@@ -40,7 +41,7 @@ def machine() -> str:
     return f"{device}, torch {torch.__version__}, transformers {grm.transformers.__version__}"
 
 
-NO_RUN = SimpleNamespace(folder=Path("nowhere"), append=lambda *_, **__: None)  # nothing is written
+NO_RUN = SimpleNamespace(folder=Path("nowhere"), write=lambda *_: None)  # nothing is written
 
 
 def settings(**more) -> SimpleNamespace:
@@ -56,8 +57,8 @@ def subject(args):
 
 
 def count(rows: list, ends: list[int]) -> int:
-    """Tokens up to the first end token, after which `generate` pads. rows: lists of token ids, or
-    for each prompt the list of its samples."""
+    """Tokens up to the first end token, after which `generate` pads. rows: lists of token ids; the
+    first edition's sampler gives for each prompt the list of its samples."""
     if hasattr(rows[0][0], "ids"):
         rows = [one.ids for samples in rows for one in samples]
     over = [[i for i, token in enumerate(row, 1) if token in ends] or [len(row)] for row in rows]
@@ -127,7 +128,8 @@ def sampling(args) -> dict[str, float]:
     ends = grm.end_tokens(model, tokenizer)
     model.generation_config.eos_token_id = ends  # the same for all ways
     options = settings(max_new_tokens=length)
-    ways = {"sample": lambda: grm.sample(model, tokenizer, prompts, n, 1.0, options)}
+    repeated = [prompt for prompt in prompts for _ in range(n)]
+    ways = {"sample": lambda: grm.sample(model, tokenizer, repeated, 1.0, options)}
     if args.old:
         old, ask = first_edition(args.old), (model, tokenizer, prompts, n, 1.0, length)
         ways["first edition"] = lambda ask=ask: old.sample(*ask, progress=False)
@@ -164,6 +166,12 @@ def timed(run) -> tuple:
     return result, time.perf_counter() - start, (peak_memory() - before) / GB
 
 
+def copy_of(model):
+    """The reference of step 3: a frozen copy that shares the weights that are not trained."""
+    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, shared).requires_grad_(False)
+
+
 def training(args) -> None:
     step = load_script("03_grpo")
     model, tokenizer, items = subject(args)
@@ -171,7 +179,7 @@ def training(args) -> None:
     options = settings(prompts=few, group_size=size, max_new_tokens=length, lora_r=0)
     options.shots = bool(args.gemma)
     step.set_trainable(model, options)
-    reference = step.Reference(model)
+    reference = copy_of(model)
     optimizer, rows = step.Optimizer(model, args.repeats + 2, options, NO_RUN), []
     for number in range(args.repeats + 1):
         ask = model, tokenizer, items, options, number
@@ -192,7 +200,7 @@ def memory_plan(config, quantize, columns=0, samples=0, r=16, dtype=torch.bfloat
     r: rank of the adapters on all linear layers, 0 trains all weights. Training is in float32.
     """
     with torch.device("meta"):  # tensors with a shape and no content
-        model = grm.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = grm.transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     head, text = model.get_output_embeddings(), config.get_text_config()
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     inside = sum(layer.weight.numel() for layer in linear)
@@ -210,8 +218,7 @@ def memory_plan(config, quantize, columns=0, samples=0, r=16, dtype=torch.bfloat
         "logits": 16 * samples * text.vocab_size,  # what drawing a token holds
         "adapters": 4 * adapters,
         "gradients": 4 * trained,
-        # bitsandbytes' Adam, which quantized models get on a GPU, has two bytes, not two floats
-        "optimizer": (8 if quantize == "none" else 2) * trained,
+        "optimizer": 8 * trained,
     }
 
 
@@ -236,7 +243,7 @@ def random_model(config, dtype, device):
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     with torch.device("meta"):
-        model = grm.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = grm.transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     how = {"bias": False, "compute_dtype": dtype, "quant_type": "nf4", "device": "meta"}
     for name, layer in list(model.named_modules()):
         if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings():
@@ -276,16 +283,18 @@ def scale(args) -> None:
     print(f"made in {seconds:.1f} s: {rise:.3g} GB")
     prompts = torch.randint(1, config.vocab_size, (few, width)).tolist()
     options = settings(max_new_tokens=new, lora_r=16)
-    tokenizer = grm.AutoTokenizer.from_pretrained(JUDGE)  # it is only asked for an end token
-    ask = model, tokenizer, prompts, n, 1.0, options
+    tokenizer = grm.transformers.AutoTokenizer.from_pretrained(
+        JUDGE
+    )  # it is only asked for an end token
+    ask = model, tokenizer, [prompt for prompt in prompts for _ in range(n)], 1.0, options
     step.sample(*ask)  # warms up
     drawn, seconds, rise = timed(lambda: step.sample(*ask))
-    tokens = sum(len(one.ids) for samples in drawn for one in samples)
+    tokens = sum(map(len, drawn))
     print(f"sampling: {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s, {rise:.3g} GB more")
     step.set_trainable(model, options)
-    reference, groups = step.Reference(model), []
-    for prompt, samples in zip(prompts, drawn):
-        ids, advantages = [one.ids for one in samples], [(-1.0) ** i for i in range(n)]
+    reference, groups = copy_of(model), []
+    for number, prompt in enumerate(prompts):
+        ids, advantages = drawn[number * n :][:n], [(-1.0) ** i for i in range(n)]
         known = {"prompt": prompt, "completion": sum(ids, []), "outputs": ids}
         known |= {"advantages": advantages, "rewards": advantages}
         groups.append(step.Group(*map(known.get, step.Group._fields)))

@@ -17,8 +17,9 @@ def curves_of(folder: str) -> dict[str, dict[int, dict]]:
     """{title: {k: {"mean", "se"}}} of a run of step 4 or 5."""
     results = json.loads(Path(folder, "results.json").read_text())
     found = {}
-    for name, curve in results.get("curves", {}).items():
-        found[f"voting, {name}"] = {int(k): row["sum"] for k, row in curve.items()}
+    for name, curve in results.get("figures", {}).items():
+        if " minus " not in name:  # a difference of two models
+            found[f"voting, {name}"] = {int(k): row["sum"] for k, row in curve.items()}
     for title, row in results.get("rows", {}).items():
         k_meta, _, k = title.partition(" of ")
         if k.isdigit() and int(k_meta) == max(1, round(results["settings"]["k_meta"] * int(k))):
