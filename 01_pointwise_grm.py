@@ -342,7 +342,7 @@ def check_model(model, tokenizer) -> None:
     require(gap < limit, f"this kind of model cannot be used: we compute what is {gap:.2g} off")
 
 
-TINY = Path(__file__).resolve().parent / "tests/tiny"
+TINY = Path(globals().get("__file__", "x")).resolve().parent / "tests/tiny"  # no __file__ in cells
 BITS, DTYPES = ["none", "int8", "nf4"], ["auto", "float32", "bfloat16"]
 
 
@@ -369,6 +369,7 @@ def main():
     items = [] if args.query else read_lines(args.data)[: args.limit]
     if args.query:  # the truth is not known: any rewards will do
         items = [Preference(args.query, args.response, [1, *[0] * (len(args.response) - 1)])]
+    require(items, f"{args.data}: no items to judge")
     run = None if args.query else Run(args)
     model, tokenizer = load_model(args.model, args.quantize, args.dtype)
     check_model(model, tokenizer)

@@ -543,7 +543,7 @@ def judge(model, tokenizer, asked, temperature, args, run, name) -> list[Judgeme
     return done
 
 
-TINY = Path(__file__).resolve().parent / "tests/tiny"
+TINY = Path(globals().get("__file__", "x")).resolve().parent / "tests/tiny"  # no __file__ in cells
 BITS, DTYPES = ["none", "int8", "nf4"], ["auto", "float32", "bfloat16"]
 
 

@@ -192,6 +192,7 @@ def main():
     args = parser.parse_args()
 
     require(args.group_size > 1, "--group-size 1: nothing to compare a judgement with")
+    require(args.prompts > 0, "--prompts must be above 0")
     items = read_lines(args.data)[: args.limit]
     run = Run(args)
     model, tokenizer = load_model(args.model, args.quantize, args.dtype)
@@ -407,7 +408,7 @@ def read_into(one: Judgement, ids: list[int], tokenizer, args) -> Judgement:
     return one
 
 
-TINY = Path(__file__).resolve().parent / "tests/tiny"
+TINY = Path(globals().get("__file__", "x")).resolve().parent / "tests/tiny"  # no __file__ in cells
 BITS, DTYPES = ["none", "int8", "nf4"], ["auto", "float32", "bfloat16"]
 
 

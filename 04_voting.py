@@ -114,6 +114,15 @@ def scaling(samples: list[Judgement], total: int) -> dict[int, dict[str, torch.T
     return values
 
 
+def history(model: str) -> list[dict]:
+    """The settings of the runs that made a model, the latest first."""
+    found, path = [], Path(model).parent / "settings.json"
+    while path.exists():
+        found.append(json.loads(path.read_text()))
+        path = Path(found[-1]["model"]).parent / "settings.json"
+    return found
+
+
 def print_table(title: str, rows: dict[str, dict], items: list[Preference]) -> dict[str, dict]:
     """Print and return the means of values (items,), {row: {column: values}}, with their errors."""
     print(f"\n{title}, %\n{'':<12}" + "".join(f"{name:>17}" for name in next(iter(rows.values()))))
@@ -130,8 +139,8 @@ def print_table(title: str, rows: dict[str, dict], items: list[Preference]) -> d
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     option = parser.add_argument
-    steps = [Path(f"runs/{name}/model") for name in ("02_rejective_ft", "03_grpo")]
-    models = [TINY / "judge", *(path for path in steps if path.exists())]
+    trained = [Path(f"runs/{name}/model") for name in ("02_rejective_ft", "03_grpo")]
+    latest = [TINY / "judge", *(path for path in trained if path.exists())][-1]
     option("--model", action="append", help="as in step 1; repeat it to compare several")
     option("--quantize", choices=BITS, default="none", help="weights in 8 or 4 bits")
     option("--dtype", choices=DTYPES, default="auto", help="of the weights")
@@ -145,16 +154,24 @@ def main():
     option("--resume", action="store_true", help="go on with the run in --out")
     option("--out", default="runs/04_voting", help="folder of the run")
     args = parser.parse_args()
-    args.model = args.model or [str(path) for path in models]
+    args.model = args.model or [str(latest)]
 
-    items, values, figures = read_lines(args.data)[: args.limit], {}, {}
-    many, run = [item for item in items if len(item.responses) > 1], Run(args)
+    many = [item for item in read_lines(args.data)[: args.limit] if len(item.responses) > 1]
+    learnt = set()
+    for of_run in sum(map(history, args.model), []):
+        learnt |= {str(item.query) for item in read_lines(of_run["data"])[: of_run["limit"]]}
+    items = [item for item in many if str(item.query) not in learnt]
+    print(
+        f"{len(items)} items to judge, {len(many) - len(items)} left out: a model learnt from them"
+    )
+    require(items and args.k > 0, "nothing to judge, or --k below 1")
+    run, values, figures = Run(args), {}, {}
     for number, name in enumerate(args.model, 1):
         model, tokenizer = load_model(name, args.quantize, args.dtype)
-        asked, file = ballots(many, args.k, f"{args.seed} vote"), f"samples_{number}.jsonl"
+        asked, file = ballots(items, args.k, f"{args.seed} vote"), f"samples_{number}.jsonl"
         samples = judge(model, tokenizer, asked, args.temperature, args, run, file)
         values[name] = scaling(samples, args.k)
-        figures[name] = print_table(name, values[name], many)
+        figures[name] = print_table(name, values[name], items)
         unreadable = sum(one.scores is None for one in samples) / len(samples)
         tokens = sum(one.tokens for one in samples) / len(samples)
         print(f"{100 * unreadable:.1f} % unreadable, {tokens:.0f} tokens a sample")
@@ -162,7 +179,7 @@ def main():
         title, gains = f"{later} minus {earlier}", {}
         for k, row in values[later].items():
             gains[k] = {name: row[name] - values[earlier][k][name] for name in ("sum", "strict")}
-        figures[title] = print_table(title, gains, many)
+        figures[title] = print_table(title, gains, items)
     run.finish({"figures": figures})
 
 
@@ -383,7 +400,7 @@ def judge(model, tokenizer, asked, temperature, args, run, name) -> list[Judgeme
     return done
 
 
-TINY = Path(__file__).resolve().parent / "tests/tiny"
+TINY = Path(globals().get("__file__", "x")).resolve().parent / "tests/tiny"  # no __file__ in cells
 BITS, DTYPES = ["none", "int8", "nf4"], ["auto", "float32", "bfloat16"]
 
 

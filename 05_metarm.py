@@ -190,17 +190,14 @@ def origin(samples: Path) -> str:
         base = models[int(samples.stem.rpartition("_")[2]) - 1]
     except (OSError, ValueError, LookupError) as error:
         raise UserError(f"{samples} is not of step 4: {error}") from None
-    while (settings := Path(base).parent / "settings.json").exists():
-        base = json.loads(settings.read_text())["model"]
-    return base
+    runs = history(base)
+    return runs[-1]["model"] if runs else base
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     option = parser.add_argument
-    drawn = [str(path) for path in sorted(Path("runs/04_voting").glob("samples_*.jsonl"))]
-    drawn = (drawn or ["runs/04_voting/samples_1.jsonl"])[-1]
-    option("--samples", default=drawn, help="of step 4, to vote on; by default of its last model")
+    option("--samples", default="runs/04_voting/samples_1.jsonl", help="of step 4, to vote on")
     option("--learn", nargs="+", help="files of judgements; by default of steps 2 and 3")
     option("--base", help="what the meta RM is made of; by default what the judge was made of")
     option("--quantize", choices=BITS, default="none", help="weights in 8 or 4 bits")
@@ -636,6 +633,15 @@ def right_and_tied(votes: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
 def powers(total: int) -> list[int]:
     """1, 2, 4, ... below total, and total."""
     return [2**i for i in range(total.bit_length()) if 2**i < total] + [total]
+
+
+def history(model: str) -> list[dict]:
+    """The settings of the runs that made a model, the latest first."""
+    found, path = [], Path(model).parent / "settings.json"
+    while path.exists():
+        found.append(json.loads(path.read_text()))
+        path = Path(found[-1]["model"]).parent / "settings.json"
+    return found
 
 
 def print_table(title: str, rows: dict[str, dict], items: list[Preference]) -> dict[str, dict]:

@@ -21,11 +21,11 @@ GOALS = {
 }
 TOGETHER = 3300  # the goal for the five
 REACHED = {
-    "02": (806, 43797, 340),
-    "03": (783, 43049, 340),
-    "04": (664, 36663, 280),
+    "02": (806, 43843, 340),
+    "03": (784, 43154, 340),
+    "04": (681, 37441, 280),
 }
-REACHED_TOGETHER = 3563
+REACHED_TOGETHER = 3588
 BUDGETS = GOALS | REACHED
 RULE = "# " + "-" * 98
 PATHS = {path.name[:2]: path for path in sorted(ROOT.glob("0[1-5]_*.py"))}

@@ -19,7 +19,7 @@ STEP5 = ["05_metarm.py", "--epochs", 2]
 FILES = {
     "runs/02_rejective_ft": "trajectories hard log model/model.safetensors",
     "runs/03_grpo": "rollouts/0001 rollouts/0002 log model/adapter_model.safetensors",
-    "runs/04_voting": "samples_1 samples_2 samples_3",
+    "runs/04_voting": "samples_1",
     "runs/05_metarm": "rewards log model/adapter_model.safetensors",
 }
 
@@ -82,9 +82,8 @@ def test_a_step_finds_what_the_earlier_ones_left(folder):
     settings = [json.loads((folder / step / "settings.json").read_text()) for step in FILES]
     assert settings[1]["model"] == "runs/02_rejective_ft/model"
     assert settings[1]["data"] == "runs/02_rejective_ft/hard.jsonl"
-    models = str(JUDGE), "runs/02_rejective_ft/model", "runs/03_grpo/model"
-    assert settings[2]["model"] == [*models]
-    assert settings[3]["samples"] == "runs/04_voting/samples_3.jsonl"
+    assert settings[2]["model"] == ["runs/03_grpo/model"]
+    assert settings[3]["samples"] == "runs/04_voting/samples_1.jsonl"
     lines = lines_of(folder / "runs/02_rejective_ft/trajectories.jsonl")
     assert {"kept", "wrong"} <= {line["reason"] for line in lines}
     easy = {line["item"] for line in lines if line["reason"] == "too easy"}
@@ -96,6 +95,27 @@ def test_a_step_finds_what_the_earlier_ones_left(folder):
     before = load_file(JUDGE / "model.safetensors")
     after = load_file(folder / "runs/02_rejective_ft/model/model.safetensors")
     assert any(not torch.equal(after[name], before[name]) for name in after)
+
+
+def test_step_4_leaves_out_what_a_model_learnt_from(folder, monkeypatch, capsys, tmp_path):
+    """The model learnt from 10 of 40 items."""
+    lines = (JUDGE.parent / "train.jsonl").read_text().splitlines()[:40]
+    (tmp_path / "all.jsonl").write_text("\n".join(lines))
+    settings = json.loads((folder / "runs/02_rejective_ft/settings.json").read_text())
+    settings |= {"data": "all.jsonl", "limit": 10, "model": str(JUDGE)}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings))
+    (tmp_path / "run" / "model").symlink_to(folder / "runs/02_rejective_ft/model")
+    command = "04_voting.py --model run/model --data all.jsonl --k 1 --max-new-tokens 40".split()
+    run_here(monkeypatch, tmp_path, *command)
+    items = [json.loads(line) for line in lines]
+    learnt = {item["query"] for item in items[:10]}
+    others = [item["query"] for item in items if item["query"] not in learnt]
+    many = [item["query"] for item in items if len(item["responses"]) > 1]
+    judged = [one["query"] for one in lines_of(tmp_path / "runs/04_voting/samples_1.jsonl")]
+    assert judged == [query for query in others if query in many] and 10 < len(judged) < len(many)
+    told = refusal(monkeypatch, capsys, tmp_path, *command, "--limit", 10)
+    assert "nothing to judge" in told
 
 
 def test_killed_in_training_and_resumed(folder, monkeypatch, capsys):
@@ -184,7 +204,11 @@ def test_two_ranks_do_what_one_does(tmp_path):
         ("02_rejective_ft.py --model folder", "folder"),
         ("02_rejective_ft.py --resume --out none", "--resume"),
         ("02_rejective_ft.py --lr fast", "--lr"),
+        ("01_pointwise_grm.py --limit 0", "no items"),
+        ("02_rejective_ft.py --limit 0", "rejected"),
         ("03_grpo.py --group-size 1", "--group-size"),
+        ("03_grpo.py --prompts 0", "--prompts"),
+        ("04_voting.py --k 0", "--k"),
         ("04_voting.py --data folder", "folder"),
         ("05_metarm.py --samples missing.jsonl", "missing.jsonl"),
         ("05_metarm.py --samples samples_1.jsonl --learn learn.jsonl", "settings.json"),

@@ -4,6 +4,7 @@ import fcntl
 import json
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 from conftest import JUDGE, ROOT, load_script, refusal, run, run_here
@@ -66,6 +67,13 @@ def test_own_text_as_a_command(tmp_path):
     first, second = json.loads(shown.rpartition("scores: ")[2])
     assert first > second and "[Response 2 begins]\nPack tent." in shown
     assert not [*tmp_path.rglob("results.json")]
+
+
+def test_pasted_into_a_notebook_the_definitions_run(monkeypatch):
+    cell = ModuleType("cell")  # it has no __file__
+    monkeypatch.setitem(sys.modules, "cell", cell)
+    exec(compile((ROOT / STEP).read_text(), "cell", "exec"), vars(cell))
+    assert cell.read_scores("Scores: \\boxed{9, 2}", 2)[0] == [9, 2]
 
 
 def test_ranks_share_the_prompts(step, tmp_path):
