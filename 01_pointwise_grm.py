@@ -40,7 +40,7 @@ import os
 import re
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -329,14 +329,14 @@ def check_model(model, tokenizer) -> None:
     require(ends and max(prompts[1] + ends) < size, "no end token, or tokens that the model lacks")
     require(SHOT.query in tokenizer.decode(prompts[0]), "the chat template loses the prompt")
     try:
-        batch, own = Batch(model, [(prompt, [0, 1]) for prompt in prompts], 0.0, 2, ends, None), []
+        batch, own = Batch(model, [(prompt, [0, 1]) for prompt in prompts], 0.0, 2, ends), []
     except (KeyError, TypeError, AttributeError) as error:  # its layers are of another kind
         raise UserError(f"this kind of model cannot be used: {error}") from None
-    for prompt, token in zip(prompts, batch.token[:, 0].tolist()):
+    for prompt, token in zip(prompts, batch.tokens[0, :, batch.last[0]].tolist()):
         ids = torch.tensor([[*prompt, token]], device=model.device)
         own.append(model(input_ids=ids).logits[0, -1])
     batch.keep([0, 1], 1)
-    found, own = batch.forward(batch.token, batch.last, 2)[:, 1], torch.stack(own)
+    found, own = batch.forward(batch.last, 2)[:, 1], torch.stack(own)
     exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
     gap, limit = (found - own).abs().max() / own.abs().max(), 1e-3 if exact else 0.1
     require(gap < limit, f"this kind of model cannot be used: we compute what is {gap:.2g} off")
@@ -497,139 +497,128 @@ def sample(model, tokenizer, prompts, temperature, args, seed=0) -> list[list[in
     room = getattr(config, "max_position_embeddings", sys.maxsize)
     # longrope's frequencies depend on the longest prompt of a batch, beyond its original length
     room = (getattr(config, "original_max_position_embeddings", 0) or room) - args.max_new_tokens
-    places, rows, size = {}, [], BATCH  # the places of equal prompts
+    places, rows, size, drawn = defaultdict(list), [], BATCH, {}  # of equal prompts; place: ids
     for place, prompt in enumerate(prompts):
-        if len(prompt) <= room:
-            places.setdefault(tuple(prompt), []).append(place)
+        places[tuple(prompt)].append(place)
     for prompt, of_prompt in places.items():
-        parts = math.ceil(len(of_prompt) / GROUP)
+        parts = math.ceil(len(of_prompt) / GROUP) if len(prompt) <= room else 0
         rows += [(prompt, of_prompt[part::parts]) for part in range(parts)]
     rows.sort(key=lambda row: (-len(row[1]), -len(row[0])))  # neighbours need little padding
-    rows, completions = rows[RANK::RANKS], [[] for _ in prompts]
-    generator = torch.Generator(model.device).manual_seed(seed + 10**9 * RANK)
+    rows = rows[RANK::RANKS]
+    torch.manual_seed(seed + 10**9 * RANK)
     bar = progress(desc="samples", total=len(prompts))
     while rows:
         part = rows[: max(1, size // len(rows[0][1]))]
         try:
-            drawn = Batch(model, part, temperature, args.max_new_tokens, ends, generator).finish()
+            found = Batch(model, part, temperature, args.max_new_tokens, ends).finish()
         except torch.OutOfMemoryError:
             require(len(part) > 1, "out of memory with one prompt")
             size = len(part) * len(part[0][1]) // 2
             continue
-        for (_, of_row), row in zip(part, drawn):
-            for place, ids in zip(of_row, row):
-                completions[place] = ids
-            bar.update(len(of_row) * RANKS)
+        drawn |= found
+        bar.update(len(found) * RANKS)
         rows = rows[len(part) :]
     bar.close()
     if RANKS > 1:
-        torch.distributed.all_gather_object(parts := [None] * RANKS, completions)
-        completions = [max(of_place, key=len) for of_place in zip(*parts)]
-    return completions
+        torch.distributed.all_gather_object(parts := [None] * RANKS, drawn)
+        drawn = {place: ids for part in parts for place, ids in part.items()}
+    return [drawn.get(place, []) for place in range(len(prompts))]
 
 
-def block_masks(model, member, position, key_member, key_position):
-    """The attention masks of rows that hold a prompt and several completions of it.
-
-    All are (rows, columns). A token sees the prompt (member 0) and its own completion (the same
-    member) at positions up to its own. Prompt p q r, completions a b and d e, padded on the left:
+def block_inputs(model, tokens, keys) -> dict:
+    """A model's inputs for rows that hold a prompt and several completions of it: `tokens` (3, rows,
+    columns), which see `keys` (3, rows, more columns), are ids, members and positions. A token sees
+    the prompt (member 0) and its own completion (the same member) at positions up to its own.
+    Prompt p q r, completions a b and d e, padded on the left:
 
         token       .  p  q  r  a  d  b  e
         member     -1  0  0  0  1  2  1  2      b sees p q r a b, and e sees p q r d e:
         position    0  0  1  2  3  3  4  4      what each would see alone after the prompt
 
-    Returns what is added to attention's logits (rows, 1, queries, keys): 0, or the lowest number.
-    If layers are of two kinds it is a dict, and sliding ones do not see beyond their window.
+    The mask is added to attention's logits (rows, 1, queries, keys): 0, or the lowest number. If
+    layers are of two kinds it is a dict, and sliding ones do not see beyond their window.
     """
-    distance = position[:, None, :, None] - key_position[:, None, None, :]
-    key_member = key_member[:, None, None, :]
+    (ids, member, position), (_, key_member, key_position) = tokens, keys[:, :, None, None]
+    distance = position[:, None, :, None] - key_position
     hidden = (distance < 0) | (key_member != 0) & (key_member != member[:, None, :, None])
     config, lowest = model.config.get_text_config(), torch.finfo(model.dtype).min
     mask = torch.zeros_like(hidden, dtype=model.dtype).masked_fill(hidden, lowest)
     window = getattr(config, "sliding_window", None) or sys.maxsize
     sliding = mask.masked_fill(distance >= window, lowest)
     two_kinds = getattr(config, "layer_types", None)  # Llama's layers all see all, Mistral's slide
-    return {"full_attention": mask, "sliding_attention": sliding} if two_kinds else sliding
+    mask = {"full_attention": mask, "sliding_attention": sliding} if two_kinds else sliding
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": position}
 
 
 class Batch:
     """Prompts in flight, a row each, with up to n completions of every prompt. A row has the
     prompt's columns, padded on the left, then n columns for each step, one for every completion
-    (see `block_masks`): all share the prompt's keys and values. A step changes buffers in place
+    (see `block_inputs`): all share the prompt's keys and values. A step changes buffers in place
     and waits for nothing: CUDA can record it as a graph, and launch it at once."""
 
-    def __init__(self, model, rows, temperature, length, ends, generator):
+    def __init__(self, model, rows, temperature, length, ends):
         """rows: (prompt, places of its completions). Reads the prompts, draws the first tokens."""
         self.model, self.temperature, self.length, device = model, temperature, length, model.device
-        prompts, sizes = zip(*[(prompt, [len(places)]) for prompt, places in rows])
-        self.n, self.visible = n, width = max(sizes)[0], max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + [*p] for p in prompts], device=device)
+        prompts, self.places = zip(*rows)
+        self.n, self.visible = n, width = max(map(len, self.places)), max(map(len, prompts))
+        ids = [[0] * (width - len(p)) + [*p] + [0] * n * length for p in prompts]
         padding = torch.tensor([[width - len(p)] for p in prompts], device=device)
         column = torch.arange(width + n * length, device=device)
         after = column - width  # below 0 in the prompt
-        self.position = (width - padding + torch.where(after < 0, after, after // n)).clamp(min=0)
-        self.member = torch.where(after < 0, 0, after % n + 1).where(column >= padding, -1)
+        position = (width - padding + torch.where(after < 0, after, after // n)).clamp(min=0)
+        member = torch.where(after < 0, 0, after % n + 1).where(column >= padding, -1)
+        self.tokens = torch.stack([torch.tensor(ids, device=device), member, position])
         layers = range(model.config.get_text_config().num_hidden_layers)
         self.cache = Cache(layers=[StaticLayer(width) for _ in layers])
-        self.random = torch.rand(len(rows), n, length, device=device, generator=generator)
-        self.output, self.ends = self.random.long(), torch.tensor(ends, device=device)
-        self.finished = torch.arange(n, device=device) >= torch.tensor(sizes, device=device)
-        self.token, self.lengths = self.output[..., 0].clone(), self.output[..., 0].clone()
-        self.step = torch.zeros_like(column[:1])
+        self.ends = torch.tensor(ends, device=device)
         self.last = column[width : width + n] - n  # columns of the tokens that were drawn last
-        self.draw(self.forward(ids, column[:width], 1).expand(-1, n, -1))
+        self.draw(self.forward(column[:width], 1).expand(-1, n, -1))
 
-    def forward(self, ids, columns, wanted: int):
-        """Logits (rows, wanted, vocabulary) of the last of ids (rows, new) at `columns` (new,)."""
-        own = self.member[:, columns], self.position[:, columns]
-        seen = self.member[:, : self.visible], self.position[:, : self.visible]
-        more = {"attention_mask": block_masks(self.model, *own, *seen), "position_ids": own[1]}
-        more |= {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": wanted}
-        return self.model(input_ids=ids, **more).logits
+    def forward(self, columns, wanted: int):
+        """Logits (rows, wanted, vocabulary) of the last of the tokens at `columns` (new,)."""
+        tokens, keys = self.tokens[..., columns], self.tokens[..., : self.visible]
+        more = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": wanted}
+        return self.model(**block_inputs(self.model, tokens, keys), **more).logits
 
     def draw(self, logits) -> None:
         """Choose the next token of every completion by its logits (rows, n, vocabulary)."""
-        if self.temperature > 0:  # the first at which the summed probabilities pass a random number
-            sums = torch.softmax(logits.float() / self.temperature, -1).cumsum(-1)
-            threshold = self.random.index_select(-1, self.step) * sums[..., -1:]
-            token = torch.searchsorted(sums, threshold, right=True)
-        else:
-            token = logits.argmax(-1, keepdim=True)
-        self.token.copy_(token[..., 0])
-        self.output.index_copy_(-1, self.step, token)
-        self.lengths += ~self.finished
-        self.finished |= (token == self.ends).any(-1)
-        self.step += 1
+        # the argmax of logits / T + Gumbel noise is a sample of softmax(logits / T)
+        noise = torch.empty_like(logits, dtype=torch.float32).exponential_().log_()
         self.last += self.n
+        token = torch.add(logits, noise, alpha=-self.temperature).argmax(-1)
+        self.tokens[0].index_copy_(1, self.last, token)
 
     def advance(self) -> None:
         """Run the model on the last token of every completion, and draw the next."""
-        self.draw(self.forward(self.token, self.last, self.n))
+        self.draw(self.forward(self.last, self.n))
 
     def keep(self, rows: list[int], steps: int) -> None:
         """Drop all other rows, and make room for so many more steps."""
-        index, more = torch.tensor(rows, device=self.step.device), (0, 0, 0, self.n * steps)
+        index, more = torch.tensor(rows, device=self.last.device), (0, 0, 0, self.n * steps)
         for layer in self.cache.layers:
             for name in ("keys", "values") if layer.is_initialized else ():
                 setattr(layer, name, torch.nn.functional.pad(getattr(layer, name)[index], more))
         self.visible += self.n * steps
-        for name in ("member", "position", "random", "output", "finished", "token", "lengths"):
-            setattr(self, name, getattr(self, name)[index])
+        self.tokens, self.places = self.tokens[:, index], [self.places[row] for row in rows]
 
-    def finish(self) -> list[list[list[int]]]:
-        """Decode to the end: token ids (rows, n, up to an end token)."""
-        outputs, alive, done = {}, list(range(len(self.token))), 1
+    def finish(self) -> dict[int, list[int]]:
+        """Decode to the end: the token ids for each place, up to an end token."""
         # layers in 8 bits wait for the device: they cannot be recorded
-        graphs = self.token.is_cuda and not getattr(self.model, "is_loaded_in_8bit", False)
+        graphs = self.last.is_cuda and not getattr(self.model, "is_loaded_in_8bit", False)
+        drawn, done = {}, 1
         while True:
-            over = (self.finished.all(-1) | (done == self.length)).tolist()  # waits for the device
-            for row, ids, lengths in zip(alive, self.output.tolist(), self.lengths.tolist()):
-                outputs[row] = [one[:length] for one, length in zip(ids, lengths)]
-            alive = [row for row, end in zip(alive, over) if not end]
-            if not alive:
-                return [outputs[row] for row in range(len(outputs))]
+            output = self.tokens[0, :, -self.n * self.length :].unflatten(1, (-1, self.n))
+            output, alive = output.transpose(1, 2)[..., :done], []
+            ended = torch.isin(output, self.ends).cumsum(-1)
+            lengths = ((ended == 0).sum(-1) + 1).tolist()  # waits for the device; done + 1: no end
+            for row, (places, ids) in enumerate(zip(self.places, output.tolist())):
+                found = list(zip(places, ids, lengths[row]))
+                drawn |= {place: one[:length] for place, one, length in found}
+                alive += [row] * any(length > done for _, _, length in found)
+            if not alive or done == self.length:
+                return drawn
             steps, advance = min(64 if graphs else 16, self.length - done), self.advance
-            self.keep([row for row, end in enumerate(over) if not end], steps)
+            self.keep(alive, steps)
             for step in range(steps):
                 if graphs and step == 1:  # the first has loaded kernels
                     graph = torch.cuda.CUDAGraph()

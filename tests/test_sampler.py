@@ -165,13 +165,13 @@ def test_steps_can_be_recorded(family, temperature):
     """Between two looks a CUDA graph holds on to addresses and shapes, and no step waits for the
     device: on the meta device there are no values, and whatever asks for one raises."""
     for device in ("cpu", "meta"):
-        batch = grm.Batch(random_model(family).to(device), ROWS, temperature, 12, [2], None)
+        batch = grm.Batch(random_model(family).to(device), ROWS, temperature, 12, [2])
         for rows in ([0, 1], [1]):
             batch.keep(rows, 4)
             batch.advance()
-            before, output = tensors(batch), batch.output.clone()
+            before, tokens = tensors(batch), batch.tokens.clone()
             for _ in range(3):
                 batch.advance()
             assert tensors(batch) == before and len(before) > 8
-            assert device == "meta" or not batch.output.equal(output)
-        assert batch.output.shape == (1, 3, 12)
+            assert device == "meta" or not batch.tokens.equal(tokens)
+        assert batch.tokens.shape == (3, 1, 4 + 3 * 12)
