@@ -579,25 +579,21 @@ class Batch:
         self.cache = Cache(layers=[StaticLayer(width) for _ in layers])
         self.ends = torch.tensor(ends, device=device)
         self.last = column[width : width + n] - n  # columns of the tokens that were drawn last
-        self.draw(self.forward(column[:width], 1).expand(-1, n, -1))
+        self.advance(column[:width], 1)
 
-    def forward(self, columns, wanted: int):
-        """Logits (rows, wanted, vocabulary) of the last of the tokens at `columns` (new,)."""
+    def advance(self, columns, wanted: int):
+        """Read the tokens at `columns` (new,), then draw the next one of every completion. Returns
+        the logits (rows, wanted, vocabulary) after the last `wanted` of them."""
         tokens, keys = self.tokens[..., columns], self.tokens[..., : self.visible]
         more = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": wanted}
-        return self.model(**block_inputs(self.model, tokens, keys), **more).logits
-
-    def draw(self, logits) -> None:
-        """Choose the next token of every completion by its logits (rows, n, vocabulary)."""
+        logits = self.model(**block_inputs(self.model, tokens, keys), **more).logits
         # the argmax of logits / T + Gumbel noise is a sample of softmax(logits / T)
-        noise = torch.empty_like(logits, dtype=torch.float32).exponential_().log_()
+        noise = logits.new_empty(len(logits), self.n, logits.shape[-1], dtype=torch.float32)
+        noise.exponential_().log_()
         self.last += self.n
         token = torch.add(logits, noise, alpha=-self.temperature).argmax(-1)
         self.tokens[0].index_copy_(1, self.last, token)
-
-    def advance(self) -> None:
-        """Run the model on the last token of every completion, and draw the next."""
-        self.draw(self.forward(self.last, self.n))
+        return logits
 
     def keep(self, rows: list[int], steps: int) -> None:
         """Drop all other rows, and make room for so many more steps."""
@@ -624,13 +620,14 @@ class Batch:
                 alive += [row] * any(length > done for _, _, length in found)
             if not alive or done == self.length:
                 return drawn
-            steps, advance = min(64 if graphs else 16, self.length - done), self.advance
+            steps = min(64 if graphs else 16, self.length - done)
             self.keep(alive, steps)
+            advance = partial(self.advance, self.last, self.n)
             for step in range(steps):
                 if graphs and step == 1:  # the first has loaded kernels
                     graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(graph):
-                        self.advance()
+                        advance()
                     advance = graph.replay
                 advance()
             done += steps

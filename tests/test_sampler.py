@@ -168,10 +168,10 @@ def test_steps_can_be_recorded(family, temperature):
         batch = grm.Batch(random_model(family).to(device), ROWS, temperature, 12, [2])
         for rows in ([0, 1], [1]):
             batch.keep(rows, 4)
-            batch.advance()
+            batch.advance(batch.last, batch.n)
             before, tokens = tensors(batch), batch.tokens.clone()
             for _ in range(3):
-                batch.advance()
+                batch.advance(batch.last, batch.n)
             assert tensors(batch) == before and len(before) > 8
             assert device == "meta" or not batch.tokens.equal(tokens)
         assert batch.tokens.shape == (3, 1, 4 + 3 * 12)
