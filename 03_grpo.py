@@ -89,7 +89,8 @@ def roll_out(model, tokenizer, items: list[Preference], args, step: int) -> list
     prompts show the responses in an order of their own, and have single ones scored 0 or 1."""
     asked, groups = [], []
     for number in stream(len(items), (step + 1) * args.prompts, args.seed)[-args.prompts :]:
-        order = shuffled(len(items[number].responses), f"{args.seed} {step} {number}")
+        places = range(len(items[number].responses))
+        order = random.Random(f"{args.seed} {step} {number}").sample(places, len(places))
         asked.append(show(items[number], number, order, binary=len(order) == 1))
     prompts = [encode(tokenizer, one, args.shots) for one in asked]
     repeated = [prompt for prompt in prompts for _ in range(args.group_size)]
@@ -653,13 +654,6 @@ def start(main) -> None:
         sys.exit("\ninterrupted: the same command with --resume goes on")
 
 
-def shuffled(n: int, seed: str) -> list[int]:
-    """The numbers 0 to n - 1 in an order that the seed decides: a place must say nothing."""
-    order = list(range(n))
-    random.Random(seed).shuffle(order)
-    return order
-
-
 LOGITS_AT_ONCE = 2**25  # 128 MB in float32
 
 
@@ -740,7 +734,8 @@ def stream(count: int, total: int, seed: int) -> list[int]:
     """`total` numbers below `count`: epoch after epoch, each in an order of its own."""
     numbers = []
     while len(numbers) < total:
-        numbers += shuffled(count, f"{seed} {len(numbers) // count}")
+        epoch = random.Random(f"{seed} {len(numbers) // count}")
+        numbers += epoch.sample(range(count), count)
     return numbers[:total]
 
 

@@ -645,20 +645,14 @@ def start(main) -> None:
         sys.exit("\ninterrupted: the same command with --resume goes on")
 
 
-def shuffled(n: int, seed: str) -> list[int]:
-    """The numbers 0 to n - 1 in an order that the seed decides: a place must say nothing."""
-    order = list(range(n))
-    random.Random(seed).shuffle(order)
-    return order
-
-
 def ballots(items: list[Preference], k: int, seed: str, binary: bool = False) -> list[Judgement]:
     """k judgements to be made of every item, each with the responses in an order of its own.
     binary: single responses are scored 0 or 1, as in training."""
     asked = []
     for number, item in enumerate(items):
         for i in range(k):
-            order = shuffled(len(item.responses), f"{seed} {i} {number}")
+            places = range(len(item.responses))
+            order = random.Random(f"{seed} {i} {number}").sample(places, len(places))
             asked.append(show(item, number, order, binary=binary and len(order) == 1))
     return asked
 

@@ -491,13 +491,6 @@ def start(main) -> None:
 Example = namedtuple("Example", "prompt completion")  # token ids; the completion is learnt
 
 
-def shuffled(n: int, seed: str) -> list[int]:
-    """The numbers 0 to n - 1 in an order that the seed decides: a place must say nothing."""
-    order = list(range(n))
-    random.Random(seed).shuffle(order)
-    return order
-
-
 class Optimizer:
     """AdamW: the gradient is clipped to norm 1; the learning rate rises linearly in a tenth of the
     steps, then falls along a cosine to a tenth of the peak. A checkpoint in the run is taken up."""
@@ -542,7 +535,8 @@ def stream(count: int, total: int, seed: int) -> list[int]:
     """`total` numbers below `count`: epoch after epoch, each in an order of its own."""
     numbers = []
     while len(numbers) < total:
-        numbers += shuffled(count, f"{seed} {len(numbers) // count}")
+        epoch = random.Random(f"{seed} {len(numbers) // count}")
+        numbers += epoch.sample(range(count), count)
     return numbers[:total]
 
 

@@ -6,5 +6,5 @@ been everywhere once. A preference for a place cancels in the sum."""
 def balanced_order(n: int, seed: str, i: int) -> list[int]:
     """The order in which sample i shows n responses."""
     part, turn = divmod(i, n)
-    order = shuffled(n, f"{seed} {part}")
+    order = random.Random(f"{seed} {part}").sample(range(n), n)
     return order[turn:] + order[:turn]
