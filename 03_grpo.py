@@ -168,6 +168,16 @@ def watch(groups: list[Group]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in named.items()}
 
 
+def practise(model, reference, tokenizer, items, args, run: Run, first: int):
+    """For train(): roll out, and leave the gradients of UPDATES updates, one after the other."""
+    for step in itertools.count(first // UPDATES):
+        groups, fixed = roll_out(model, tokenizer, items, args, step), {}
+        judgements = sum((group.judgements for group in groups), [])
+        run.write(f"rollouts/{step + 1:04}.jsonl", map(asdict, judgements))
+        for _ in range(UPDATES):
+            yield watch(groups) | learn(model, reference, groups, fixed, args)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     option = parser.add_argument
@@ -199,19 +209,9 @@ def main():
     set_trainable(model, args)
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}  # is not copied
     reference = copy.deepcopy(model, shared).requires_grad_(False)
-    optimizer = Optimizer(model, args.steps * UPDATES, args, run)
-    first = len(optimizer.log) // UPDATES
-    bar = progress(range(first, args.steps), "GRPO", args.steps, initial=first)
-    for step in bar:
-        groups, fixed = roll_out(model, tokenizer, items, args, step), {}
-        judgements = sum((group.judgements for group in groups), [])
-        run.write(f"rollouts/{step + 1:04}.jsonl", map(asdict, judgements))
-        for _ in range(UPDATES):
-            log = watch(groups) | learn(model, reference, groups, fixed, args)
-            optimizer.update(log)
-        bar.set_postfix({name: f"{value:.2f}" for name, value in log.items()}, refresh=False)
-    save(model, tokenizer, run)
-    run.finish({"rewards": [log["reward"] for log in optimizer.log]})
+    gradients = partial(practise, model, reference, tokenizer, items, args, run)
+    log = train(model, tokenizer, args.steps * UPDATES, gradients, args, run)
+    run.finish({"rewards": [line["reward"] for line in log]})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -690,46 +690,6 @@ def set_trainable(model, args) -> None:
         parameter.requires_grad_(True)
 
 
-class Optimizer:
-    """AdamW: the gradient is clipped to norm 1; the learning rate rises linearly in a tenth of the
-    steps, then falls along a cosine to a tenth of the peak. A checkpoint in the run is taken up."""
-
-    def __init__(self, model, steps: int, args, run: Run):
-        self.lr, self.steps, self.run, self.log = args.lr, steps, run, []
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        kind = {"betas": (0.9, 0.95), "weight_decay": 0.0}
-        self.adam = torch.optim.AdamW(self.parameters.values(), args.lr, **kind)
-        if model.device.type == "cuda":
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        path = run.folder / "checkpoint.pt"
-        if path.exists():
-            state = torch.load(path, map_location=model.device, weights_only=True)
-            model.load_state_dict(state["weights"], strict=False)
-            self.adam.load_state_dict(state["adam"])
-            self.log = state["log"]
-
-    def update(self, log: dict) -> None:
-        """Take a step against the gradients, summed over the ranks, and add `log` to log.jsonl."""
-        for p in self.parameters.values() if RANKS > 1 else ():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            torch.distributed.all_reduce(p.grad)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0).item()
-        step, rise = len(self.log), max(1, round(0.1 * self.steps))
-        require(math.isfinite(norm), f"step {step + 1}: the gradient is {norm}; lower --lr")
-        part = max(0, step - rise) / max(1, self.steps - rise)
-        rate = self.lr * min((step + 1) / rise, 0.55 + 0.45 * math.cos(math.pi * part))
-        for group in self.adam.param_groups:
-            group["lr"] = rate
-        self.adam.step()
-        self.adam.zero_grad()
-        self.log.append({"step": step + 1, "norm": norm, **log})
-        self.run.write("log.jsonl", self.log)
-        if RANK == 0 and (len(self.log) % 10 == 0 or len(self.log) == self.steps):
-            state = {"log": self.log, "weights": self.parameters, "adam": self.adam.state_dict()}
-            torch.save(state, self.run.folder / "checkpoint.part")
-            os.replace(self.run.folder / "checkpoint.part", self.run.folder / "checkpoint.pt")
-
-
 def stream(count: int, total: int, seed: int) -> list[int]:
     """`total` numbers below `count`: epoch after epoch, each in an order of its own."""
     numbers = []
@@ -753,11 +713,43 @@ def micro_batches(examples: list) -> list[list]:
     return batches
 
 
-def save(model, tokenizer, run: Run) -> None:
-    """Save all weights, or the adapters (in PEFT's format), to the run's folder model/."""
-    if RANK == 0:
-        model.save_pretrained(run.folder / "model")
-        tokenizer.save_pretrained(run.folder / "model")
+def train(model, tokenizer, steps: int, gradients, args, run: Run) -> list[dict]:
+    """AdamW, clipped to norm 1; the learning rate rises linearly in a tenth of the steps, then falls
+    along a cosine to a tenth of its peak. gradients(first) yields step after step, from the first
+    on: each time it has left this rank's gradients, and says what to log. Goes on from the run's
+    checkpoint; saves all weights, or the adapters in PEFT's format, in model/. Returns the log."""
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    adam = torch.optim.AdamW(weights.values(), args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    path, log, rise = run.folder / "checkpoint.pt", [], max(1, round(0.1 * steps))
+    if path.exists():
+        state = torch.load(path, map_location=model.device, weights_only=True)
+        model.load_state_dict(state["weights"], strict=False)
+        adam.load_state_dict(state["adam"])
+        log = state["log"]
+    if model.device.type == "cuda":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    bar = progress(range(len(log), steps), "training", steps, initial=len(log))
+    model.train()
+    for step, line in zip(bar, gradients(len(log))):
+        for p in weights.values() if RANKS > 1 else ():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            torch.distributed.all_reduce(p.grad)
+        norm = torch.nn.utils.clip_grad_norm_(weights.values(), 1.0).item()
+        require(math.isfinite(norm), f"step {step + 1}: the gradient is {norm}; lower --lr")
+        fall = 0.55 + 0.45 * math.cos(math.pi * max(0, step - rise) / max(1, steps - rise))
+        adam.param_groups[0]["lr"] = args.lr * min((step + 1) / rise, fall)
+        adam.step()
+        adam.zero_grad()
+        log.append({"step": step + 1, "norm": norm, **line})
+        run.write("log.jsonl", log)
+        bar.set_postfix({name: f"{value:.2f}" for name, value in line.items()}, refresh=False)
+        if RANK == 0 and (len(log) % 10 == 0 or len(log) == steps):
+            state = {"log": log, "weights": weights, "adam": adam.state_dict()}
+            torch.save(state, path.with_suffix(".part"))
+            os.replace(path.with_suffix(".part"), path)
+    for one in (model, tokenizer) if RANK == 0 else ():
+        one.save_pretrained(run.folder / "model")
+    return log
 
 
 if __name__ == "__main__":

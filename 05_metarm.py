@@ -227,8 +227,9 @@ def main():
     learn = [one for one in judgements if not held_out(one.query) and not tied(one)]
     texts = [tokenizer(break_up(tokenizer, meta_prompt(one)))["input_ids"] for one in learn]
     examples = [Example(text, [int(one.correct)]) for text, one in zip(texts, learn)]
-    steps = train(model, examples, meta_loss, 16, args, run)
-    save(model, tokenizer, run)
+    gradients = partial(descend, model, examples, meta_loss, 16, args.seed)
+    steps = math.ceil(args.epochs * len(examples) / 16)
+    train(model, tokenizer, steps, gradients, args, run)
     unseen = [one for one in judgements if held_out(one.query)]
     areas = roc_auc(trust(model, tokenizer, unseen), [one.correct for one in unseen])
     rewards = trust(model, tokenizer, samples)
@@ -491,46 +492,6 @@ def start(main) -> None:
 Example = namedtuple("Example", "prompt completion")  # token ids; the completion is learnt
 
 
-class Optimizer:
-    """AdamW: the gradient is clipped to norm 1; the learning rate rises linearly in a tenth of the
-    steps, then falls along a cosine to a tenth of the peak. A checkpoint in the run is taken up."""
-
-    def __init__(self, model, steps: int, args, run: Run):
-        self.lr, self.steps, self.run, self.log = args.lr, steps, run, []
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        kind = {"betas": (0.9, 0.95), "weight_decay": 0.0}
-        self.adam = torch.optim.AdamW(self.parameters.values(), args.lr, **kind)
-        if model.device.type == "cuda":
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        path = run.folder / "checkpoint.pt"
-        if path.exists():
-            state = torch.load(path, map_location=model.device, weights_only=True)
-            model.load_state_dict(state["weights"], strict=False)
-            self.adam.load_state_dict(state["adam"])
-            self.log = state["log"]
-
-    def update(self, log: dict) -> None:
-        """Take a step against the gradients, summed over the ranks, and add `log` to log.jsonl."""
-        for p in self.parameters.values() if RANKS > 1 else ():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            torch.distributed.all_reduce(p.grad)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0).item()
-        step, rise = len(self.log), max(1, round(0.1 * self.steps))
-        require(math.isfinite(norm), f"step {step + 1}: the gradient is {norm}; lower --lr")
-        part = max(0, step - rise) / max(1, self.steps - rise)
-        rate = self.lr * min((step + 1) / rise, 0.55 + 0.45 * math.cos(math.pi * part))
-        for group in self.adam.param_groups:
-            group["lr"] = rate
-        self.adam.step()
-        self.adam.zero_grad()
-        self.log.append({"step": step + 1, "norm": norm, **log})
-        self.run.write("log.jsonl", self.log)
-        if RANK == 0 and (len(self.log) % 10 == 0 or len(self.log) == self.steps):
-            state = {"log": self.log, "weights": self.parameters, "adam": self.adam.state_dict()}
-            torch.save(state, self.run.folder / "checkpoint.part")
-            os.replace(self.run.folder / "checkpoint.part", self.run.folder / "checkpoint.pt")
-
-
 def stream(count: int, total: int, seed: int) -> list[int]:
     """`total` numbers below `count`: epoch after epoch, each in an order of its own."""
     numbers = []
@@ -554,16 +515,50 @@ def micro_batches(examples: list) -> list[list]:
     return batches
 
 
-def train(model, examples: list[Example], loss_of, size: int, args, run: Run) -> int:
-    """Make loss_of(model, examples), a sum over completion tokens, small in batches of `size`
-    examples. Returns the number of steps."""
-    steps = math.ceil(args.epochs * len(examples) / size)
-    optimizer = Optimizer(model, steps, args, run)
-    first = len(optimizer.log)
-    bar = progress(range(first, steps), "training", steps, initial=first)
+def train(model, tokenizer, steps: int, gradients, args, run: Run) -> list[dict]:
+    """AdamW, clipped to norm 1; the learning rate rises linearly in a tenth of the steps, then falls
+    along a cosine to a tenth of its peak. gradients(first) yields step after step, from the first
+    on: each time it has left this rank's gradients, and says what to log. Goes on from the run's
+    checkpoint; saves all weights, or the adapters in PEFT's format, in model/. Returns the log."""
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    adam = torch.optim.AdamW(weights.values(), args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    path, log, rise = run.folder / "checkpoint.pt", [], max(1, round(0.1 * steps))
+    if path.exists():
+        state = torch.load(path, map_location=model.device, weights_only=True)
+        model.load_state_dict(state["weights"], strict=False)
+        adam.load_state_dict(state["adam"])
+        log = state["log"]
+    if model.device.type == "cuda":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    bar = progress(range(len(log), steps), "training", steps, initial=len(log))
     model.train()
-    for step in bar:
-        numbers = stream(len(examples), (step + 1) * size, args.seed)[-size:]
+    for step, line in zip(bar, gradients(len(log))):
+        for p in weights.values() if RANKS > 1 else ():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            torch.distributed.all_reduce(p.grad)
+        norm = torch.nn.utils.clip_grad_norm_(weights.values(), 1.0).item()
+        require(math.isfinite(norm), f"step {step + 1}: the gradient is {norm}; lower --lr")
+        fall = 0.55 + 0.45 * math.cos(math.pi * max(0, step - rise) / max(1, steps - rise))
+        adam.param_groups[0]["lr"] = args.lr * min((step + 1) / rise, fall)
+        adam.step()
+        adam.zero_grad()
+        log.append({"step": step + 1, "norm": norm, **line})
+        run.write("log.jsonl", log)
+        bar.set_postfix({name: f"{value:.2f}" for name, value in line.items()}, refresh=False)
+        if RANK == 0 and (len(log) % 10 == 0 or len(log) == steps):
+            state = {"log": log, "weights": weights, "adam": adam.state_dict()}
+            torch.save(state, path.with_suffix(".part"))
+            os.replace(path.with_suffix(".part"), path)
+    for one in (model, tokenizer) if RANK == 0 else ():
+        one.save_pretrained(run.folder / "model")
+    return log
+
+
+def descend(model, examples: list[Example], loss_of, size: int, seed: int, first: int):
+    """For train(): the gradients of loss_of(model, examples), a sum over completion tokens, divided
+    by their number, on batches of `size` examples."""
+    for step in itertools.count(first):
+        numbers = stream(len(examples), (step + 1) * size, seed)[-size:]
         batch, loss = [examples[i] for i in numbers], torch.zeros((), device=model.device)
         units = sum(len(one.completion) for one in batch)
         for part in micro_batches(batch[RANK::RANKS]):
@@ -573,16 +568,7 @@ def train(model, examples: list[Example], loss_of, size: int, args, run: Run) ->
             loss += part_loss.detach()
         if RANKS > 1:
             torch.distributed.all_reduce(loss)
-        optimizer.update({"loss": loss.item()})
-        bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-    return steps
-
-
-def save(model, tokenizer, run: Run) -> None:
-    """Save all weights, or the adapters (in PEFT's format), to the run's folder model/."""
-    if RANK == 0:
-        model.save_pretrained(run.folder / "model")
-        tokenizer.save_pretrained(run.folder / "model")
+        yield {"loss": loss.item()}
 
 
 def score_tensor(judgements: list[Judgement], k: int) -> torch.Tensor:

@@ -1,16 +1,18 @@
 """Step 2: what is asked, rejected and learnt; the training and saving that later steps share."""
 
 import gc
+import itertools
 import json
 import math
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 
 import peft
 import pytest
 import torch
 from conftest import JUDGE, load_script
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 rft = load_script("02_rejective_ft")
 SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
@@ -166,18 +168,23 @@ def test_learning_rate_and_log(tmp_path):
     """Under a constant gradient, a step of Adam is as long as the learning rate."""
     model, args, rates = tiny("llama").requires_grad_(False), options(tmp_path, lr=1e-2), []
     weight = model.model.norm.weight.requires_grad_()
-    optimizer = rft.Optimizer(model, 20, args, rft.Run(args))
-    for _ in range(20):
-        before, weight.grad = weight.detach().clone(), torch.full_like(weight, 0.01)
-        optimizer.update({"loss": 1.0})
-        rates.append((before - weight).mean().item() / 1e-2)
+    run, tokenizer = rft.Run(args), AutoTokenizer.from_pretrained(JUDGE)
+
+    def gradients(first, slope=0.01):
+        while True:
+            rates.append(-weight.mean().item() / 1e-2)
+            weight.grad = torch.full_like(weight, slope)
+            yield {"loss": 1.0}
+
+    rft.train(model, tokenizer, 20, gradients, args, run)
+    next(gradients(20))
+    rates = [after - before for before, after in itertools.pairwise(rates)]
     for step, expected in {0: 0.5, 1: 1, 2: 1, 8: 0.775, 11: 0.55, 14: 0.325, 19: 0.107}.items():
         assert rates[step] == pytest.approx(expected, abs=1e-3)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").open()]
     assert [line["step"] for line in log] == list(range(1, 21)) and log[0]["loss"] == 1.0
-    weight.grad = torch.full_like(weight, math.nan)
     with pytest.raises(rft.UserError, match="--lr"):
-        optimizer.update({})
+        rft.train(model, tokenizer, 21, partial(gradients, slope=math.nan), args, run)
 
 
 def test_what_is_trained(tmp_path):
@@ -209,7 +216,7 @@ def test_saved_adapters_are_pefts_and_load_from_anywhere(tmp_path, monkeypatch):
         logits = model(ids).logits
         assert (logits - base(ids).logits).abs().max() > 0.1
         run = rft.Run(options(tmp_path, model="judge"))
-        rft.save(model, tokenizer, run)
+        rft.train(model, tokenizer, 0, itertools.repeat, options(tmp_path), run)
         folder = run.folder / "model"
         by_peft = peft.PeftModel.from_pretrained(base, folder).eval()
         torch.testing.assert_close(by_peft(ids).logits, logits)
@@ -237,7 +244,9 @@ def train_tiny(folder, lora_r=0, size=2, last=None, **changed):
         return rft.completion_loss(model, batch)
 
     rft.set_trainable(model, args)
-    rft.train(model, examples, loss_of, size, args, rft.Run(args))
+    steps, run = math.ceil(args.epochs * len(examples) / size), rft.Run(args)
+    gradients = partial(rft.descend, model, examples, loss_of, size, args.seed)
+    rft.train(model, AutoTokenizer.from_pretrained(JUDGE), steps, gradients, args, run)
     return trained(model), len(calls)
 
 

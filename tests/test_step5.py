@@ -1,5 +1,6 @@
 """Step 5: what the meta RM reads and learns, guided votes by hand, and that it loads in peft."""
 
+import itertools
 import json
 import math
 import random
@@ -113,7 +114,7 @@ def test_held_out_is_the_same_tenth_in_every_process():
 
 def test_a_saved_meta_rm_loads_in_peft(meta_rm, tmp_path):
     run = meta.Run(options(tmp_path))
-    meta.save(*meta_rm, run)
+    meta.train(*meta_rm, 0, itertools.repeat, options(tmp_path), run)
     kind = {"num_labels": 1, "dtype": torch.float32}
     base = AutoModelForSequenceClassification.from_pretrained(JUDGE, **kind)
     again = peft.PeftModel.from_pretrained(base, run.folder / "model").eval()

@@ -41,9 +41,6 @@ def machine() -> str:
     return f"{device}, torch {torch.__version__}, transformers {grm.transformers.__version__}"
 
 
-NO_RUN = SimpleNamespace(folder=Path("nowhere"), write=lambda *_: None)  # nothing is written
-
-
 def settings(**more) -> SimpleNamespace:
     """The options that the scripts' functions read, and more."""
     return SimpleNamespace(**{"shots": False, "seed": 0, "beta": 0.08, "lr": 1e-6, **more})
@@ -172,6 +169,21 @@ def copy_of(model):
     return copy.deepcopy(model, shared).requires_grad_(False)
 
 
+def optimizer_of(model):
+    """A function that takes a step as train() of the scripts does."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    adam = torch.optim.AdamW(weights, 1e-5, betas=(0.9, 0.95), weight_decay=0.0)
+    if model.device.type == "cuda":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def update(log):
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        adam.step()
+        adam.zero_grad()
+
+    return update
+
+
 def training(args) -> None:
     step = load_script("03_grpo")
     model, tokenizer, items = subject(args)
@@ -180,12 +192,12 @@ def training(args) -> None:
     options.shots = bool(args.gemma)
     step.set_trainable(model, options)
     reference = copy_of(model)
-    optimizer, rows = step.Optimizer(model, args.repeats + 2, options, NO_RUN), []
+    update_by, rows = optimizer_of(model), []
     for number in range(args.repeats + 1):
         ask = model, tokenizer, items, options, number
         groups, rollout, _ = timed(lambda ask=ask: step.roll_out(*ask))
         ask = model, reference, groups, {}, options
-        _, update, rise = timed(lambda ask=ask: optimizer.update(step.learn(*ask)))
+        _, update, rise = timed(lambda ask=ask: update_by(step.learn(*ask)))
         rows.append((rollout, update, rise))
     rollout, update, rise = (statistics.median(column) for column in zip(*rows[1:]))
     print(f"a GRPO step of all weights of {args.gemma or 'the embedded judge'}: {few} prompts,")
@@ -298,10 +310,10 @@ def scale(args) -> None:
         known = {"prompt": prompt, "completion": sum(ids, []), "outputs": ids}
         known |= {"advantages": advantages, "rewards": advantages}
         groups.append(step.Group(*map(known.get, step.Group._fields)))
-    optimizer = step.Optimizer(model, 3, options, NO_RUN)
+    update_by = optimizer_of(model)
     for _ in range(2):  # the first one makes the optimizer's state
         log, seconds, rise = timed(lambda: step.learn(model, reference, groups, {}, options))
-        optimizer.update(log)
+        update_by(log)
     print(f"an update on them: {seconds:.1f} s, {rise:.3g} GB more, entropy {log['entropy']:.3g}")
 
 
