@@ -48,7 +48,6 @@ from pathlib import Path
 import torch
 import transformers
 from tqdm import tqdm
-from transformers.cache_utils import Cache, StaticLayer
 
 
 class UserError(Exception):
@@ -75,10 +74,8 @@ class Preference:
         require(self.query and all(turn["role"] + turn["content"] for turn in turns), "no query")
         n, best = len({text.strip() for text in self.responses} - {""}), max(self.rewards)
         require(n == len(self.responses) == len(self.rewards), "not n responses and n rewards")
-        require(
-            self.rewards.count(best) == 1 and math.isfinite(sum(self.rewards)), "no best reward"
-        )
-        require(n > 1 or best in (0, 1), "a single response's reward is not 0 or 1")
+        fine = self.rewards.count(best) == 1 and (n > 1 or best in (0, 1))
+        require(fine and math.isfinite(sum(self.rewards)), "no best reward, or one not 0 or 1")
 
 
 @dataclass
@@ -411,45 +408,41 @@ class Run:
 
     def __init__(self, args):
         self.folder, self.start, self.settings = Path(args.out), time.time(), dict(vars(args))
-        resume = self.settings.pop("resume")
+        resume, path = self.settings.pop("resume"), self.folder / "settings.json"
         if RANK == 0:
-            self.open(self.folder, self.folder / "settings.json", resume)
+            require(path.exists() or not resume, f"--resume: there is no run in {self.folder}")
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.lock = open(f"{self.folder}.lock", "w")  # one process at a time
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            before = json.loads(path.read_text()) if resume else self.settings
+            was = [f"{name} {old}" for name, old in before.items() if self.settings[name] != old]
+            require(not was, f"--resume: the run in {self.folder} had {', '.join(was)}")
+            if self.folder.exists() and not resume:
+                moved = (Path(f"{self.folder}.{number}") for number in itertools.count(1))
+                moved = self.folder.rename(next(path for path in moved if not path.exists()))
+                print(f"what was in {self.folder} is now in {moved}")
+            self.write("settings.json", [self.settings], indent=1)
         else:
             sys.stdout = open(os.devnull, "w")
         if RANKS > 1:
             torch.distributed.init_process_group()
             torch.distributed.barrier()
 
-    def open(self, folder: Path, path: Path, resume: bool) -> None:
-        require(path.exists() or not resume, f"--resume: there is no run in {folder}")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = open(f"{folder}.lock", "w")  # one process at a time
-        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        before = json.loads(path.read_text()) if resume else self.settings
-        was = [f"{name} {value}" for name, value in before.items() if self.settings[name] != value]
-        require(not was, f"--resume: the run in {folder} had {', '.join(was)}")
-        if folder.exists() and not resume:
-            number = next(n for n in itertools.count(1) if not Path(f"{folder}.{n}").exists())
-            print(f"what was in {folder} is now in {folder.rename(f'{folder}.{number}')}")
-        folder.mkdir(exist_ok=True)
-        path.write_text(json.dumps(self.settings, indent=1) + "\n")
-
-    def write(self, name: str, records) -> None:
+    def write(self, name: str, records, indent=None) -> None:
         """Write a file of JSON Lines, whole or not at all."""
         path = self.folder / name
         if RANK == 0:
             path.parent.mkdir(exist_ok=True)
-            with open(path.with_suffix(".part"), "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in records)
+            lines = [json.dumps(one, ensure_ascii=False, indent=indent) + "\n" for one in records]
+            path.with_suffix(".part").write_text("".join(lines), encoding="utf-8")
             os.replace(path.with_suffix(".part"), path)
 
     def finish(self, results: dict) -> None:
         """Write results.json: the results, settings, version, date and seconds."""
         results |= {"settings": self.settings, "seconds": round(time.time() - self.start)}
         results |= {"date": time.strftime("%Y-%m-%d"), "transformers": transformers.__version__}
-        text = json.dumps(results, indent=1).replace("NaN", "null")  # JSON has no NaN
-        if RANK == 0:
-            (self.folder / "results.json").write_text(text + "\n")
+        results = json.loads(json.dumps(results).replace("NaN", "null"))  # JSON has no NaN
+        self.write("results.json", [results], indent=1)
         print(f"{results['seconds']} s; everything is in {self.folder}/")
 
 
@@ -461,17 +454,14 @@ def load_model(name: str, quantize: str = "none", dtype: str = "auto"):
     native = dtype == "bfloat16" or (device != "cpu" and torch.cuda.get_device_capability()[0] >= 8)
     kind = torch.bfloat16 if native and dtype != "float32" else torch.float32
     require(not Path(name, "model").is_dir(), f"{name} is a run: give its model, {name}/model")
-    options = {"dtype": kind, "device_map": {"": device}}
+    how = dict(dtype=kind, device_map={"": device}, use_safetensors=True, output_loading_info=True)
     if quantize != "none":  # given, it would hide how a checkpoint is quantized already
-        bits = {"load_in_4bit": quantize == "nf4", "load_in_8bit": quantize == "int8"}
-        bits |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            **bits, bnb_4bit_compute_dtype=kind
-        )
+        bits = {f"load_in_{4 if quantize == 'nf4' else 8}bit": True, "bnb_4bit_quant_type": "nf4"}
+        bits |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": kind}
+        how["quantization_config"] = transformers.BitsAndBytesConfig(**bits)
     name = str(Path(name).resolve()) if Path(name).exists() else name  # adapters name their base
-    options |= {"use_safetensors": True, "output_loading_info": True}
     try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(name, **how)
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         except ValueError:  # an adapter may have none of its own
@@ -526,18 +516,16 @@ def sample(model, tokenizer, prompts, temperature, args, seed=0) -> list[list[in
 
 
 def block_inputs(model, tokens, keys) -> dict:
-    """A model's inputs for rows that hold a prompt and several completions of it: `tokens` (3, rows,
-    columns), which see `keys` (3, rows, more columns), are ids, members and positions. A token sees
-    the prompt (member 0) and its own completion (the same member) at positions up to its own.
-    Prompt p q r, completions a b and d e, padded on the left:
+    """A model's inputs for rows that hold a prompt (member 0) and completions of it (1, 2, ...).
+    `tokens` (3, rows, columns) are ids, members and positions. They see those of `keys` (3, rows,
+    more columns) that are of the prompt or of the same member, at positions up to their own:
 
-        token       .  p  q  r  a  d  b  e
+        token       .  p  q  r  a  d  b  e      prompt p q r, padded; completions a b and d e
         member     -1  0  0  0  1  2  1  2      b sees p q r a b, and e sees p q r d e:
         position    0  0  1  2  3  3  4  4      what each would see alone after the prompt
 
     The mask is added to attention's logits (rows, 1, queries, keys): 0, or the lowest number. If
-    layers are of two kinds it is a dict, and sliding ones do not see beyond their window.
-    """
+    layers are of two kinds it is a dict, and sliding ones do not see beyond their window."""
     (ids, member, position), (_, key_member, key_position) = tokens, keys[:, :, None, None]
     distance = position[:, None, :, None] - key_position
     hidden = (distance < 0) | (key_member != 0) & (key_member != member[:, None, :, None])
@@ -569,7 +557,7 @@ class Batch:
         member = torch.where(after < 0, 0, after % n + 1).where(column >= padding, -1)
         self.tokens = torch.stack([torch.tensor(ids, device=device), member, position])
         layers = range(model.config.get_text_config().num_hidden_layers)
-        self.cache = Cache(layers=[StaticLayer(width) for _ in layers])
+        self.cache = transformers.Cache(layers=[transformers.StaticLayer(width) for _ in layers])
         self.ends = torch.tensor(ends, device=device)
         self.last = column[width : width + n] - n  # columns of the tokens that were drawn last
         self.advance(column[:width], 1)

@@ -44,9 +44,7 @@ from pathlib import Path
 import torch
 import transformers
 from peft import LoraConfig
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers.cache_utils import Cache, StaticLayer
 
 N_RFT = 3  # samples of an item without a hint
 
@@ -75,13 +73,13 @@ def reject(group: list[Judgement], keep_all: bool = False) -> None:
 
 def count_trajectories(trajectories: list[Judgement]) -> dict[str, Counter]:
     """Print and return how many trajectories were kept, and why the others were not."""
-    columns, counts = ["kept", "wrong", "too easy", "unreadable"], {}
+    columns, counts = ["kept", "wrong", "too easy", "unreadable"], defaultdict(Counter)
+    for one in trajectories:
+        why = "unreadable" if one.scores is None else one.reason
+        counts["hinted" if one.hint else "no hint"][why] += 1
     print(f"\n{'trajectories':<14}{'all':>8}" + "".join(f"{name:>12}" for name in columns))
-    for title, hinted in (("no hint", False), ("hinted", True)):
-        of = [one for one in trajectories if bool(one.hint) == hinted]
-        found = Counter("unreadable" if one.scores is None else one.reason for one in of)
-        print(f"{title:<14}{len(of):8}" + "".join(f"{found[name]:12}" for name in columns))
-        counts[title] = found
+    for title, of in counts.items():
+        print(f"{title:<14}{of.total():8}" + "".join(f"{of[name]:12}" for name in columns))
     return counts
 
 
@@ -104,43 +102,31 @@ def make_examples(model, tokenizer, kept: list[Judgement], args) -> list[Example
         except (OSError, ValueError, TypeError, LookupError) as error:
             told = f'{args.instruct_data}: no JSON Lines of {{"messages"}}: {error}'
             raise UserError(told) from None
-    end, examples = end_tokens(model, tokenizer)[:1], []
-    for prompt, text in pairs:
-        completion = tokenizer(text, add_special_tokens=False)["input_ids"] + end
-        examples.append(Example(prompt, completion))
-    return examples
+    end, prompts = end_tokens(model, tokenizer)[:1], [prompt for prompt, _ in pairs]
+    texts = tokenizer([text for _, text in pairs], add_special_tokens=False)["input_ids"]
+    return [Example(prompt, ids + end) for prompt, ids in zip(prompts, texts)]
 
 
-def completion_log_probs(model, examples: list[Example]) -> torch.Tensor:
-    """Log-probabilities of the completions' tokens, one example after another: (tokens,). Rows
-    are padded on the right, where a causal model's real tokens never look."""
-    width = max(len(prompt) + len(completion) for prompt, completion in examples)
-    ids, learn = torch.zeros(2, len(examples), width, dtype=torch.long)
-    for row, (prompt, completion) in enumerate(examples):
-        end = len(prompt) + len(completion)
-        ids[row, :end] = torch.tensor(prompt + completion)
-        learn[row, len(prompt) : end] = 1
-    ids, learn = ids.to(model.device), learn.to(model.device) > 0
+def completion_losses(model, examples: list[Example]) -> torch.Tensor:
+    """-log p of the completions' tokens, one example after another: (tokens,). Rows are padded on
+    the right, where a causal model's real tokens never look."""
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    ids = pad([torch.tensor(prompt + completion) for prompt, completion in examples])
+    learn = pad([torch.tensor([False] * len(p) + [True] * len(c)) for p, c in examples])
+    ids, learn = ids.to(model.device), learn.to(model.device)
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return token_log_probs(model, hidden[:, :-1][learn[:, 1:]], ids[learn])
-
-
-def completion_loss(model, examples: list[Example]) -> torch.Tensor:
-    """What fine-tuning makes small: the sum of -log p over the completions' tokens."""
-    return -completion_log_probs(model, examples).sum()
+    return -token_log_probs(model, hidden[:, :-1][learn[:, 1:]], ids[learn])
 
 
 @torch.no_grad()
 def check_loss(model, examples: list[Example]) -> None:
     """Refuse a model whose own loss on these examples is not ours. Raises UserError."""
-    own = 0.0
-    for prompt, completion in examples:
-        rows = [prompt + completion], [[-100] * len(prompt) + completion]
+    for one in examples:
+        rows = [one.prompt + one.completion], [[-100] * len(one.prompt) + one.completion]
         ids, labels = torch.tensor(rows, device=model.device)
-        own += model(input_ids=ids, labels=labels).loss.item() * len(completion)
-    tokens = sum(len(completion) for _, completion in examples)
-    gap = abs(own - completion_loss(model, examples).item()) / tokens
-    require(gap < 0.05, f"this kind of model cannot be trained: our loss is {gap:.2g} a token off")
+        gap = model(input_ids=ids, labels=labels).loss - completion_losses(model, [one]).mean()
+        told = f"this kind of model cannot be trained: our loss is {gap.item():.2g} a token off"
+        require(gap.abs() < 0.05, told)
 
 
 def main():
@@ -166,9 +152,8 @@ def main():
 
     items = read_lines(args.data)[: args.limit]
     run = Run(args)
-    model, tokenizer = load_model(args.model, args.quantize, args.dtype)
-    own = args.teacher is None
-    teacher = (model, tokenizer) if own else load_model(args.teacher, args.quantize, args.dtype)
+    model, tokenizer = own = load_model(args.model, args.quantize, args.dtype)
+    teacher = load_model(args.teacher, args.quantize, args.dtype) if args.teacher else own
     trajectories = judge(*teacher, ask(items, args), 1.0, args, run, "trajectories.jsonl")
     for _, group in itertools.groupby(trajectories, key=lambda one: one.item):
         reject(list(group), args.ablate == "keep-all")
@@ -183,7 +168,7 @@ def main():
     examples = make_examples(model, tokenizer, kept, args)
     set_trainable(model, args)
     check_loss(model, examples[:2])
-    gradients = partial(descend, model, examples, completion_loss, 32, args.seed)
+    gradients = partial(descend, model, examples, completion_losses, 32, args.seed)
     steps = math.ceil(args.epochs * len(examples) / 32)
     train(model, tokenizer, steps, gradients, args, run)
     run.finish({"trajectories": counts, "examples": len(examples), "steps": steps})
@@ -218,7 +203,8 @@ def token_log_probs(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch
 
     size = max(1, LOGITS_AT_ONCE // config.vocab_size)
     chunks = zip(hidden.split(size), targets.split(size))
-    return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
+    forget = partial(torch.utils.checkpoint.checkpoint, of_chunk, use_reentrant=False)
+    return torch.cat([forget(*chunk) for chunk in chunks])
 
 
 def set_trainable(model, args) -> None:
@@ -226,13 +212,12 @@ def set_trainable(model, args) -> None:
     --lora-r says so, or else all weights, in float32."""
     if args.lora_r and not any("lora_" in name for name, _ in model.named_parameters()):
         torch.manual_seed(args.seed)
-        sees = hasattr(model.config, "vision_config")  # what sees stays as it is
-        kind = {"exclude_modules": ".*(vision|audio).*"} if sees else {}
-        kind |= {"target_modules": "all-linear", "lora_alpha": 2 * args.lora_r}
-        model.add_adapter(LoraConfig(r=args.lora_r, **kind))
+        sees = ".*(vision|audio).*" if hasattr(model.config, "vision_config") else None
+        kind = {"target_modules": "all-linear", "exclude_modules": sees}  # what sees stays as it is
+        model.add_adapter(LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r, **kind))
     adapters = [p for name, p in model.named_parameters() if "lora_" in name]
-    whole = not getattr(model, "is_quantized", False)
-    require(adapters or whole, "--quantize needs --lora-r to learn")
+    packed = getattr(model, "is_quantized", False)
+    require(adapters or not packed, "--quantize needs --lora-r to learn")
     for parameter in adapters or model.float().parameters():
         parameter.requires_grad_(True)
 
@@ -299,16 +284,16 @@ def train(model, tokenizer, steps: int, gradients, args, run: Run) -> list[dict]
     return log
 
 
-def descend(model, examples: list[Example], loss_of, size: int, seed: int, first: int):
-    """For train(): the gradients of loss_of(model, examples), a sum over completion tokens, divided
-    by their number, on batches of `size` examples."""
+def descend(model, examples: list[Example], losses_of, size: int, seed: int, first: int):
+    """For train(): the gradients of the mean of losses_of(model, examples), one a completion token,
+    on batches of `size` examples."""
     for step in itertools.count(first):
         numbers = stream(len(examples), (step + 1) * size, seed)[-size:]
         batch, loss = [examples[i] for i in numbers], torch.zeros((), device=model.device)
         units = sum(len(one.completion) for one in batch)
         for part in micro_batches(batch[RANK::RANKS]):
             with torch.autocast(model.device.type, torch.bfloat16, model.device.type == "cuda"):
-                part_loss = loss_of(model, part) / units
+                part_loss = losses_of(model, part).sum() / units
             part_loss.backward()
             loss += part_loss.detach()
         if RANKS > 1:
@@ -343,10 +328,8 @@ class Preference:
         require(self.query and all(turn["role"] + turn["content"] for turn in turns), "no query")
         n, best = len({text.strip() for text in self.responses} - {""}), max(self.rewards)
         require(n == len(self.responses) == len(self.rewards), "not n responses and n rewards")
-        require(
-            self.rewards.count(best) == 1 and math.isfinite(sum(self.rewards)), "no best reward"
-        )
-        require(n > 1 or best in (0, 1), "a single response's reward is not 0 or 1")
+        fine = self.rewards.count(best) == 1 and (n > 1 or best in (0, 1))
+        require(fine and math.isfinite(sum(self.rewards)), "no best reward, or one not 0 or 1")
 
 
 @dataclass
@@ -542,45 +525,41 @@ class Run:
 
     def __init__(self, args):
         self.folder, self.start, self.settings = Path(args.out), time.time(), dict(vars(args))
-        resume = self.settings.pop("resume")
+        resume, path = self.settings.pop("resume"), self.folder / "settings.json"
         if RANK == 0:
-            self.open(self.folder, self.folder / "settings.json", resume)
+            require(path.exists() or not resume, f"--resume: there is no run in {self.folder}")
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.lock = open(f"{self.folder}.lock", "w")  # one process at a time
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            before = json.loads(path.read_text()) if resume else self.settings
+            was = [f"{name} {old}" for name, old in before.items() if self.settings[name] != old]
+            require(not was, f"--resume: the run in {self.folder} had {', '.join(was)}")
+            if self.folder.exists() and not resume:
+                moved = (Path(f"{self.folder}.{number}") for number in itertools.count(1))
+                moved = self.folder.rename(next(path for path in moved if not path.exists()))
+                print(f"what was in {self.folder} is now in {moved}")
+            self.write("settings.json", [self.settings], indent=1)
         else:
             sys.stdout = open(os.devnull, "w")
         if RANKS > 1:
             torch.distributed.init_process_group()
             torch.distributed.barrier()
 
-    def open(self, folder: Path, path: Path, resume: bool) -> None:
-        require(path.exists() or not resume, f"--resume: there is no run in {folder}")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = open(f"{folder}.lock", "w")  # one process at a time
-        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        before = json.loads(path.read_text()) if resume else self.settings
-        was = [f"{name} {value}" for name, value in before.items() if self.settings[name] != value]
-        require(not was, f"--resume: the run in {folder} had {', '.join(was)}")
-        if folder.exists() and not resume:
-            number = next(n for n in itertools.count(1) if not Path(f"{folder}.{n}").exists())
-            print(f"what was in {folder} is now in {folder.rename(f'{folder}.{number}')}")
-        folder.mkdir(exist_ok=True)
-        path.write_text(json.dumps(self.settings, indent=1) + "\n")
-
-    def write(self, name: str, records) -> None:
+    def write(self, name: str, records, indent=None) -> None:
         """Write a file of JSON Lines, whole or not at all."""
         path = self.folder / name
         if RANK == 0:
             path.parent.mkdir(exist_ok=True)
-            with open(path.with_suffix(".part"), "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in records)
+            lines = [json.dumps(one, ensure_ascii=False, indent=indent) + "\n" for one in records]
+            path.with_suffix(".part").write_text("".join(lines), encoding="utf-8")
             os.replace(path.with_suffix(".part"), path)
 
     def finish(self, results: dict) -> None:
         """Write results.json: the results, settings, version, date and seconds."""
         results |= {"settings": self.settings, "seconds": round(time.time() - self.start)}
         results |= {"date": time.strftime("%Y-%m-%d"), "transformers": transformers.__version__}
-        text = json.dumps(results, indent=1).replace("NaN", "null")  # JSON has no NaN
-        if RANK == 0:
-            (self.folder / "results.json").write_text(text + "\n")
+        results = json.loads(json.dumps(results).replace("NaN", "null"))  # JSON has no NaN
+        self.write("results.json", [results], indent=1)
         print(f"{results['seconds']} s; everything is in {self.folder}/")
 
 
@@ -592,17 +571,14 @@ def load_model(name: str, quantize: str = "none", dtype: str = "auto"):
     native = dtype == "bfloat16" or (device != "cpu" and torch.cuda.get_device_capability()[0] >= 8)
     kind = torch.bfloat16 if native and dtype != "float32" else torch.float32
     require(not Path(name, "model").is_dir(), f"{name} is a run: give its model, {name}/model")
-    options = {"dtype": kind, "device_map": {"": device}}
+    how = dict(dtype=kind, device_map={"": device}, use_safetensors=True, output_loading_info=True)
     if quantize != "none":  # given, it would hide how a checkpoint is quantized already
-        bits = {"load_in_4bit": quantize == "nf4", "load_in_8bit": quantize == "int8"}
-        bits |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            **bits, bnb_4bit_compute_dtype=kind
-        )
+        bits = {f"load_in_{4 if quantize == 'nf4' else 8}bit": True, "bnb_4bit_quant_type": "nf4"}
+        bits |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": kind}
+        how["quantization_config"] = transformers.BitsAndBytesConfig(**bits)
     name = str(Path(name).resolve()) if Path(name).exists() else name  # adapters name their base
-    options |= {"use_safetensors": True, "output_loading_info": True}
     try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(name, **how)
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         except ValueError:  # an adapter may have none of its own
@@ -657,18 +633,16 @@ def sample(model, tokenizer, prompts, temperature, args, seed=0) -> list[list[in
 
 
 def block_inputs(model, tokens, keys) -> dict:
-    """A model's inputs for rows that hold a prompt and several completions of it: `tokens` (3, rows,
-    columns), which see `keys` (3, rows, more columns), are ids, members and positions. A token sees
-    the prompt (member 0) and its own completion (the same member) at positions up to its own.
-    Prompt p q r, completions a b and d e, padded on the left:
+    """A model's inputs for rows that hold a prompt (member 0) and completions of it (1, 2, ...).
+    `tokens` (3, rows, columns) are ids, members and positions. They see those of `keys` (3, rows,
+    more columns) that are of the prompt or of the same member, at positions up to their own:
 
-        token       .  p  q  r  a  d  b  e
+        token       .  p  q  r  a  d  b  e      prompt p q r, padded; completions a b and d e
         member     -1  0  0  0  1  2  1  2      b sees p q r a b, and e sees p q r d e:
         position    0  0  1  2  3  3  4  4      what each would see alone after the prompt
 
     The mask is added to attention's logits (rows, 1, queries, keys): 0, or the lowest number. If
-    layers are of two kinds it is a dict, and sliding ones do not see beyond their window.
-    """
+    layers are of two kinds it is a dict, and sliding ones do not see beyond their window."""
     (ids, member, position), (_, key_member, key_position) = tokens, keys[:, :, None, None]
     distance = position[:, None, :, None] - key_position
     hidden = (distance < 0) | (key_member != 0) & (key_member != member[:, None, :, None])
@@ -700,7 +674,7 @@ class Batch:
         member = torch.where(after < 0, 0, after % n + 1).where(column >= padding, -1)
         self.tokens = torch.stack([torch.tensor(ids, device=device), member, position])
         layers = range(model.config.get_text_config().num_hidden_layers)
-        self.cache = Cache(layers=[StaticLayer(width) for _ in layers])
+        self.cache = transformers.Cache(layers=[transformers.StaticLayer(width) for _ in layers])
         self.ends = torch.tensor(ends, device=device)
         self.last = column[width : width + n] - n  # columns of the tokens that were drawn last
         self.advance(column[:width], 1)

@@ -91,11 +91,11 @@ def meta_rewards(model, texts: list[list[int]]) -> torch.Tensor:
     return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0].float()
 
 
-def meta_loss(model, examples: list[Example]) -> torch.Tensor:
-    """The sum of the binary cross-entropies of examples (token ids, [1 if correct else 0])."""
+def meta_losses(model, examples: list[Example]) -> torch.Tensor:
+    """The binary cross-entropies (examples,) of (token ids, [1 if correct else 0])."""
     labels = torch.tensor([float(one.completion[0]) for one in examples], device=model.device)
     rewards = meta_rewards(model, [one.prompt for one in examples])
-    return torch.nn.functional.binary_cross_entropy_with_logits(rewards, labels, reduction="sum")
+    return torch.nn.functional.binary_cross_entropy_with_logits(rewards, labels, reduction="none")
 
 
 @torch.no_grad()
@@ -227,7 +227,7 @@ def main():
     learn = [one for one in judgements if not held_out(one.query) and not tied(one)]
     texts = [tokenizer(break_up(tokenizer, meta_prompt(one)))["input_ids"] for one in learn]
     examples = [Example(text, [int(one.correct)]) for text, one in zip(texts, learn)]
-    gradients = partial(descend, model, examples, meta_loss, 16, args.seed)
+    gradients = partial(descend, model, examples, meta_losses, 16, args.seed)
     steps = math.ceil(args.epochs * len(examples) / 16)
     train(model, tokenizer, steps, gradients, args, run)
     unseen = [one for one in judgements if held_out(one.query)]
@@ -269,10 +269,8 @@ class Preference:
         require(self.query and all(turn["role"] + turn["content"] for turn in turns), "no query")
         n, best = len({text.strip() for text in self.responses} - {""}), max(self.rewards)
         require(n == len(self.responses) == len(self.rewards), "not n responses and n rewards")
-        require(
-            self.rewards.count(best) == 1 and math.isfinite(sum(self.rewards)), "no best reward"
-        )
-        require(n > 1 or best in (0, 1), "a single response's reward is not 0 or 1")
+        fine = self.rewards.count(best) == 1 and (n > 1 or best in (0, 1))
+        require(fine and math.isfinite(sum(self.rewards)), "no best reward, or one not 0 or 1")
 
 
 @dataclass
@@ -400,45 +398,41 @@ class Run:
 
     def __init__(self, args):
         self.folder, self.start, self.settings = Path(args.out), time.time(), dict(vars(args))
-        resume = self.settings.pop("resume")
+        resume, path = self.settings.pop("resume"), self.folder / "settings.json"
         if RANK == 0:
-            self.open(self.folder, self.folder / "settings.json", resume)
+            require(path.exists() or not resume, f"--resume: there is no run in {self.folder}")
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.lock = open(f"{self.folder}.lock", "w")  # one process at a time
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            before = json.loads(path.read_text()) if resume else self.settings
+            was = [f"{name} {old}" for name, old in before.items() if self.settings[name] != old]
+            require(not was, f"--resume: the run in {self.folder} had {', '.join(was)}")
+            if self.folder.exists() and not resume:
+                moved = (Path(f"{self.folder}.{number}") for number in itertools.count(1))
+                moved = self.folder.rename(next(path for path in moved if not path.exists()))
+                print(f"what was in {self.folder} is now in {moved}")
+            self.write("settings.json", [self.settings], indent=1)
         else:
             sys.stdout = open(os.devnull, "w")
         if RANKS > 1:
             torch.distributed.init_process_group()
             torch.distributed.barrier()
 
-    def open(self, folder: Path, path: Path, resume: bool) -> None:
-        require(path.exists() or not resume, f"--resume: there is no run in {folder}")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        self.lock = open(f"{folder}.lock", "w")  # one process at a time
-        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        before = json.loads(path.read_text()) if resume else self.settings
-        was = [f"{name} {value}" for name, value in before.items() if self.settings[name] != value]
-        require(not was, f"--resume: the run in {folder} had {', '.join(was)}")
-        if folder.exists() and not resume:
-            number = next(n for n in itertools.count(1) if not Path(f"{folder}.{n}").exists())
-            print(f"what was in {folder} is now in {folder.rename(f'{folder}.{number}')}")
-        folder.mkdir(exist_ok=True)
-        path.write_text(json.dumps(self.settings, indent=1) + "\n")
-
-    def write(self, name: str, records) -> None:
+    def write(self, name: str, records, indent=None) -> None:
         """Write a file of JSON Lines, whole or not at all."""
         path = self.folder / name
         if RANK == 0:
             path.parent.mkdir(exist_ok=True)
-            with open(path.with_suffix(".part"), "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in records)
+            lines = [json.dumps(one, ensure_ascii=False, indent=indent) + "\n" for one in records]
+            path.with_suffix(".part").write_text("".join(lines), encoding="utf-8")
             os.replace(path.with_suffix(".part"), path)
 
     def finish(self, results: dict) -> None:
         """Write results.json: the results, settings, version, date and seconds."""
         results |= {"settings": self.settings, "seconds": round(time.time() - self.start)}
         results |= {"date": time.strftime("%Y-%m-%d"), "transformers": transformers.__version__}
-        text = json.dumps(results, indent=1).replace("NaN", "null")  # JSON has no NaN
-        if RANK == 0:
-            (self.folder / "results.json").write_text(text + "\n")
+        results = json.loads(json.dumps(results).replace("NaN", "null"))  # JSON has no NaN
+        self.write("results.json", [results], indent=1)
         print(f"{results['seconds']} s; everything is in {self.folder}/")
 
 
@@ -450,17 +444,14 @@ def load_model(name: str, quantize: str = "none", dtype: str = "auto"):
     native = dtype == "bfloat16" or (device != "cpu" and torch.cuda.get_device_capability()[0] >= 8)
     kind = torch.bfloat16 if native and dtype != "float32" else torch.float32
     require(not Path(name, "model").is_dir(), f"{name} is a run: give its model, {name}/model")
-    options = {"dtype": kind, "device_map": {"": device}}
+    how = dict(dtype=kind, device_map={"": device}, use_safetensors=True, output_loading_info=True)
     if quantize != "none":  # given, it would hide how a checkpoint is quantized already
-        bits = {"load_in_4bit": quantize == "nf4", "load_in_8bit": quantize == "int8"}
-        bits |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            **bits, bnb_4bit_compute_dtype=kind
-        )
+        bits = {f"load_in_{4 if quantize == 'nf4' else 8}bit": True, "bnb_4bit_quant_type": "nf4"}
+        bits |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": kind}
+        how["quantization_config"] = transformers.BitsAndBytesConfig(**bits)
     name = str(Path(name).resolve()) if Path(name).exists() else name  # adapters name their base
-    options |= {"use_safetensors": True, "output_loading_info": True}
     try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(name, **how)
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         except ValueError:  # an adapter may have none of its own
@@ -554,16 +545,16 @@ def train(model, tokenizer, steps: int, gradients, args, run: Run) -> list[dict]
     return log
 
 
-def descend(model, examples: list[Example], loss_of, size: int, seed: int, first: int):
-    """For train(): the gradients of loss_of(model, examples), a sum over completion tokens, divided
-    by their number, on batches of `size` examples."""
+def descend(model, examples: list[Example], losses_of, size: int, seed: int, first: int):
+    """For train(): the gradients of the mean of losses_of(model, examples), one a completion token,
+    on batches of `size` examples."""
     for step in itertools.count(first):
         numbers = stream(len(examples), (step + 1) * size, seed)[-size:]
         batch, loss = [examples[i] for i in numbers], torch.zeros((), device=model.device)
         units = sum(len(one.completion) for one in batch)
         for part in micro_batches(batch[RANK::RANKS]):
             with torch.autocast(model.device.type, torch.bfloat16, model.device.type == "cuda"):
-                part_loss = loss_of(model, part) / units
+                part_loss = losses_of(model, part).sum() / units
             part_loss.backward()
             loss += part_loss.detach()
         if RANKS > 1:

@@ -135,10 +135,10 @@ def test_examples_are_outputs_after_prompts_without_a_hint(tmp_path):
 def test_log_probs_and_gradients_are_those_of_the_plain_model(family, monkeypatch):
     monkeypatch.setattr(rft, "LOGITS_AT_ONCE", 5 * 61)  # chunks of five tokens
     model = tiny(family)
-    plain, found = plain_log_probs(model, PAIRS), rft.completion_log_probs(model, EXAMPLES)
+    plain, found = -plain_log_probs(model, PAIRS), rft.completion_losses(model, EXAMPLES)
     torch.testing.assert_close(found, plain, atol=1e-4, rtol=1e-4)
     rft.check_loss(model, EXAMPLES)
-    same_gradients(model, rft.completion_loss(model, EXAMPLES), -plain.sum())
+    same_gradients(model, found.sum(), plain.sum())
 
 
 def test_a_head_that_is_more_than_a_product_is_refused():
@@ -198,8 +198,8 @@ def test_what_is_trained(tmp_path):
     rft.set_trainable(model, options(tmp_path, lora_r=4))
     assert trained(model) and all("lora_" in name for name in trained(model))
     with torch.no_grad():
-        rft.completion_loss(model, EXAMPLES)  # sampling must not spoil gradients
-    rft.completion_loss(model, EXAMPLES).backward()
+        rft.completion_losses(model, EXAMPLES)  # sampling must not spoil gradients
+    rft.completion_losses(model, EXAMPLES).sum().backward()
     assert all(p.grad.any() for name, p in trained(model).items() if "lora_B" in name)
 
 
@@ -241,7 +241,7 @@ def train_tiny(folder, lora_r=0, size=2, last=None, **changed):
         calls.append(batch)
         if len(calls) == last:
             raise Cut
-        return rft.completion_loss(model, batch)
+        return rft.completion_losses(model, batch)
 
     rft.set_trainable(model, args)
     steps, run = math.ceil(args.epochs * len(examples) / size), rft.Run(args)
