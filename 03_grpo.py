@@ -112,17 +112,14 @@ def group_log_probs(model, groups: list[Group]) -> torch.Tensor:
     rows, sources, targets = [], [], sum((group.completion for group in groups), [])
     for row, group in enumerate(groups):
         start = len(group.prompt)
-        member, position = [0] * start, list(range(start))
-        for number, output in enumerate(group.outputs, 1):
+        tokens = [(token, 0, place) for place, token in enumerate(group.prompt)]
+        for member, output in enumerate(group.outputs, 1):
             # a token follows from the one before it, the first of an output from the prompt's last
-            before = [start - 1, *range(len(position), len(position) + len(output) - 1)]
+            before = [start - 1, *range(len(tokens), len(tokens) + len(output) - 1)]
             sources += [row * width + column for column in before]
-            member += [number] * len(output)
-            position += range(start, start + len(output))
-        padding = [0] * (width - len(position))
-        tokens = group.prompt + group.completion + padding
-        rows.append([tokens, member + [-1] * len(padding), position + padding])
-    tokens = torch.tensor(rows, device=model.device).transpose(0, 1)
+            tokens += [(token, member, place) for place, token in enumerate(output, start)]
+        rows.append(tokens + [(0, -1, 0)] * (width - len(tokens)))
+    tokens = torch.tensor(rows, device=model.device).permute(2, 0, 1)
     inputs = block_inputs(model, tokens, tokens) | {"use_cache": False}
     hidden = model.base_model(**inputs).last_hidden_state.flatten(0, 1)
     return token_log_probs(model, hidden[sources], torch.tensor(targets, device=model.device))
@@ -135,11 +132,9 @@ def learn(model, reference, groups: list[Group], fixed: dict, args) -> dict[str,
     sums = torch.zeros(3, device=model.device)
     model.train()
     for number, part in enumerate(micro_batches(groups[RANK::RANKS])):
-        lengths = [len(output) for group in part for output in group.outputs]
-        lengths = torch.tensor(lengths, device=model.device)
-        weight = (1 / lengths / count).repeat_interleave(lengths)  # mean over tokens, then outputs
-        advantages = sum((group.advantages for group in part), [])
-        advantages = torch.tensor(advantages, device=model.device).repeat_interleave(lengths)
+        pairs = [pair for group in part for pair in zip(group.outputs, group.advantages)]
+        rows = [(1 / len(output) / count, of) for output, of in pairs for _ in output]
+        weight, advantages = torch.tensor(rows, device=model.device).T
         with torch.autocast(model.device.type, torch.bfloat16, cuda):
             log_probs = group_log_probs(model, part)
             if number not in fixed:
