@@ -33,7 +33,6 @@ import re
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -70,19 +69,15 @@ def vote_majority(scores: torch.Tensor) -> torch.Tensor:
     return torch.where((scores == -math.inf).any(-2), -math.inf, votes)
 
 
-def subsets(items: int, total: int, k: int, rounds: int = 100) -> Iterator[torch.Tensor]:
-    """Random subsets of k of each item's `total` samples: indices (items, total // k, k), again and
-    again. A round's subsets share no sample; so for k = 1 and k = total one round is exact."""
-    generator = torch.Generator().manual_seed(0)
+def subsets(values: torch.Tensor, k: int, rounds: int = 100):
+    """Random subsets of k of each item's samples. Of values (items, samples, ...) it yields those of
+    a round, (items, samples // k, k, ...), again and again. A round's subsets share no sample; so
+    for k = 1 and all samples one round is exact. Values of other kinds are drawn alike."""
+    (items, total), generator = values.shape[:2], torch.Generator().manual_seed(0)
     for _ in range(1 if k in (1, total) else rounds):
         order = torch.rand(items, total, generator=generator).argsort(-1)
-        yield order[:, : total // k * k].view(items, total // k, k)
-
-
-def take(scores: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The samples of subsets: scores (items, total, responses) at indices (items, subsets, k) are
-    (items, subsets, k, responses)."""
-    return scores[torch.arange(len(scores))[:, None, None], index]
+        index = order[:, : total // k * k].view(items, total // k, k)
+        yield values[torch.arange(items)[:, None, None], index]
 
 
 def right_and_tied(votes: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
@@ -103,13 +98,14 @@ def scaling(samples: list[Judgement], total: int) -> dict[int, dict[str, torch.T
     """What `total` samples an item are worth by k: {k: {name: values (items,)}}."""
     scores, values = score_tensor(samples, total), {}
     best = [one.order[one.rewards.index(max(one.rewards))] for one in samples[::total]]
+    best = torch.tensor(best)
     for k in powers(total):
-        drawn, row = [take(scores, index) for index in subsets(len(best), total, k)], {}
+        row = {}
         for name, vote in (("majority", vote_majority), ("mean", vote_mean), ("sum", vote_sum)):
-            found = [right_and_tied(vote(of_round), torch.tensor(best)) for of_round in drawn]
+            found = [right_and_tied(vote(drawn), best) for drawn in subsets(scores, k)]
             row[name], strict, ties = torch.stack(found).mean(0)
-        values[k] = row | {"gain over k = 1": row["sum"], "strict": strict, "ties": ties}
-        values[k]["gain over k = 1"] = row["sum"] - values[1]["sum"]
+        first = values[1]["sum"] if values else row["sum"]
+        values[k] = row | {"gain over k = 1": row["sum"] - first, "strict": strict, "ties": ties}
     return values
 
 
@@ -128,10 +124,8 @@ def print_table(title: str, rows: dict[str, dict], items: list[Preference]) -> d
     figures = {}
     for name, row in rows.items():
         figures[name] = {column: mean_and_se(of.tolist(), items) for column, of in row.items()}
-        cells = [
-            f"{100 * one['mean']:.1f} +- {100 * one['se']:4.1f}" for one in figures[name].values()
-        ]
-        print(f"{name:<12}" + "".join(f"{cell:>17}" for cell in cells))
+        found = [(100 * one["mean"], 100 * one["se"]) for one in figures[name].values()]
+        print(f"{name:<12}" + "".join(f"{mean:>9.1f} +- {se:4.1f}" for mean, se in found))
     return figures
 
 
@@ -160,9 +154,7 @@ def main():
     for of_run in sum(map(history, args.model), []):
         learnt |= {str(item.query) for item in read_lines(of_run["data"])[: of_run["limit"]]}
     items = [item for item in many if str(item.query) not in learnt]
-    print(
-        f"{len(items)} items to judge, {len(many) - len(items)} left out: a model learnt from them"
-    )
+    print(f"{len(items)} items, and {len(many) - len(items)} left out: a model learnt from them")
     require(items and args.k > 0, "nothing to judge, or --k below 1")
     run, values, figures = Run(args), {}, {}
     for number, name in enumerate(args.model, 1):

@@ -36,7 +36,6 @@ import sys
 import time
 import zlib
 from collections import Counter, namedtuple
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -117,18 +116,16 @@ def trust(model, tokenizer, judgements: list[Judgement]) -> list[float]:
     return rewards.tolist()
 
 
-def vote_guided(scores, rewards, index, k_meta: int) -> torch.Tensor:
-    """Votes (items, subsets, responses) of the k_meta most trusted samples of each subset. scores
-    (items, total, responses), meta rewards (items, total), index (items, subsets, k)."""
-    kept = take(rewards[..., None], index)[..., 0].topk(k_meta).indices
-    return vote_sum(take(scores, index.gather(-1, kept)))
+def vote_guided(scores, rewards, k_meta: int) -> torch.Tensor:
+    """Votes (items, subsets, responses) of the k_meta most trusted samples of each subset, by scores
+    (items, subsets, k, responses) and meta rewards (items, subsets, k)."""
+    return vote_sum(scores.take_along_dim(rewards.topk(k_meta).indices[..., None], -2))
 
 
-def vote_oracle(scores, correct, index) -> torch.Tensor:
-    """Votes of the samples that are correct (items, total), or of all in a subset without any."""
-    right = take(correct[..., None], index)[..., 0]
-    right = right | ~right.any(-1, keepdim=True)
-    return vote_sum(torch.where(right[..., None], take(scores, index), math.nan))
+def vote_oracle(scores, correct) -> torch.Tensor:
+    """Votes of the samples that are correct (items, subsets, k), or of all in a subset without."""
+    right = correct | ~correct.any(-1, keepdim=True)
+    return vote_sum(torch.where(right[..., None], scores, math.nan))
 
 
 def accuracy(rounds: list[torch.Tensor], best: torch.Tensor) -> torch.Tensor:
@@ -147,10 +144,11 @@ def guide(samples: list[Judgement], rewards: list[float], total: int, share: flo
     cases = [(k, max(1, round(share * k)), k) for k in powers(total)]
     cases += [(total, k_meta, total) for k_meta in (1, few)] + [(few, max(1, few // 2), total)]
     for k, k_meta, k_voting in cases:
-        drawn = list(subsets(len(best), total, k))
-        voting = [vote_sum(take(scores, index)) for index in subsets(len(best), total, k_voting)]
-        guided = [vote_guided(scores, rewards, index, k_meta) for index in drawn]
-        oracle = [vote_oracle(scores, correct, index) for index in drawn]
+        voting = [vote_sum(drawn) for drawn in subsets(scores, k_voting)]
+        pairs = zip(subsets(scores, k), subsets(rewards, k))
+        guided = [vote_guided(*drawn, k_meta) for drawn in pairs]
+        pairs = zip(subsets(scores, k), subsets(correct, k))
+        oracle = [vote_oracle(*drawn) for drawn in pairs]
         row = {"voting": accuracy(voting, best), "guided": accuracy(guided, best)}
         row |= {"oracle": accuracy(oracle, best), "gain": row["guided"] - row["voting"]}
         rows[f"{k_meta} of {k}" + (f" over {k_voting}" if k < k_voting else "")] = row
@@ -577,19 +575,15 @@ def vote_sum(scores: torch.Tensor) -> torch.Tensor:
     return torch.where(scores.isnan(), 0.0, scores).sum(-2)
 
 
-def subsets(items: int, total: int, k: int, rounds: int = 100) -> Iterator[torch.Tensor]:
-    """Random subsets of k of each item's `total` samples: indices (items, total // k, k), again and
-    again. A round's subsets share no sample; so for k = 1 and k = total one round is exact."""
-    generator = torch.Generator().manual_seed(0)
+def subsets(values: torch.Tensor, k: int, rounds: int = 100):
+    """Random subsets of k of each item's samples. Of values (items, samples, ...) it yields those of
+    a round, (items, samples // k, k, ...), again and again. A round's subsets share no sample; so
+    for k = 1 and all samples one round is exact. Values of other kinds are drawn alike."""
+    (items, total), generator = values.shape[:2], torch.Generator().manual_seed(0)
     for _ in range(1 if k in (1, total) else rounds):
         order = torch.rand(items, total, generator=generator).argsort(-1)
-        yield order[:, : total // k * k].view(items, total // k, k)
-
-
-def take(scores: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The samples of subsets: scores (items, total, responses) at indices (items, subsets, k) are
-    (items, subsets, k, responses)."""
-    return scores[torch.arange(len(scores))[:, None, None], index]
+        index = order[:, : total // k * k].view(items, total // k, k)
+        yield values[torch.arange(items)[:, None, None], index]
 
 
 def right_and_tied(votes: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
@@ -621,10 +615,8 @@ def print_table(title: str, rows: dict[str, dict], items: list[Preference]) -> d
     figures = {}
     for name, row in rows.items():
         figures[name] = {column: mean_and_se(of.tolist(), items) for column, of in row.items()}
-        cells = [
-            f"{100 * one['mean']:.1f} +- {100 * one['se']:4.1f}" for one in figures[name].values()
-        ]
-        print(f"{name:<12}" + "".join(f"{cell:>17}" for cell in cells))
+        found = [(100 * one["mean"], 100 * one["se"]) for one in figures[name].values()]
+        print(f"{name:<12}" + "".join(f"{mean:>9.1f} +- {se:4.1f}" for mean, se in found))
     return figures
 
 

@@ -379,8 +379,7 @@ def test_05_1_a_perfect_meta_rm():
     step, outcomes, values = script("05"), list(itertools.product((True, False), repeat=4)), []
     scores = tensor([[[9, 1] if right else [1, 9] for right in of] for of in outcomes])
     for k_meta in (1, 2, 4):
-        every = torch.arange(4).expand(16, 1, 4)
-        votes = step.vote_guided(scores, tensor(outcomes), every, k_meta)
+        votes = step.vote_guided(scores[:, None], tensor(outcomes)[:, None], k_meta)
         right = step.right_and_tied(votes, torch.zeros(16, dtype=torch.long))[0]
         values.append(right.mean().item())
     hint = "Of the 16 outcomes of four samples, how many are right? A tie is a coin toss."
@@ -393,11 +392,11 @@ def test_05_2_trust_by_degrees():
     scores = [[[9, 2], [2, 8]], [[6, 4], lost], [lost, lost], [[3, ABSENT], [5, ABSENT]]]
     rewards = [[0, log3], [log3, ABSENT], [ABSENT, ABSENT], [ABSENT, -log3]]  # 1/2, 3/4, 0, 1/4
     expected = [[6, 7], [4.5, 3], [0, 0], [1.25, ABSENT]]
-    found = vote_weighted(tensor(scores), tensor(rewards), torch.tensor([0, 1]).expand(4, 1, 2))
+    found = vote_weighted(tensor(scores)[:, None], tensor(rewards)[:, None])
     for of_item, trust, votes, wanted in zip(scores, rewards, found[:, 0], expected):
         equal(f"vote_weighted of {of_item} with the meta rewards {trust}", votes, wanted)
-    two = torch.tensor([[[1], [0]]])  # two subsets of one sample each
-    apart = vote_weighted(tensor(scores[:1]), tensor(rewards[:1]), two)
+    two = [[1], [0]]  # two subsets of one sample each
+    apart = vote_weighted(tensor(scores[:1])[:, two], tensor(rewards[:1])[:, two])
     equal(f"vote_weighted of two subsets of {scores[0]}", apart.flatten(), [1.5, 6, 4.5, 1])
 
 

@@ -72,13 +72,17 @@ def test_guided_votes_and_the_oracle_by_hand():
     scores = torch.tensor([[[5, 6], [9, 1], [4, 8], [NAN, NAN]]], dtype=torch.float64)
     rewards = torch.tensor([[0.3, -2.0, 1.5, LOW]], dtype=torch.float64)
     correct = torch.tensor([[True, False, True, False]])
-    pairs, every = torch.tensor([[[0, 1], [2, 3]]]), torch.tensor([[[3, 1, 0, 2]]])
-    assert meta.vote_guided(scores, rewards, pairs, 1).tolist() == [[[5, 6], [4, 8]]]
+    pairs, every = [[0, 1], [2, 3]], [[3, 1, 0, 2]]  # samples of subsets
+    guided = meta.vote_guided(scores[:, pairs], rewards[:, pairs], 1)
+    assert guided.tolist() == [[[5, 6], [4, 8]]]
     for k_meta, expected in ((1, [4, 8]), (2, [9, 14]), (3, [18, 15]), (4, [18, 15])):
-        assert meta.vote_guided(scores, rewards, every, k_meta).tolist() == [[expected]]
-    assert meta.vote_oracle(scores, correct, every).tolist() == [[[9, 14]]]
-    assert meta.vote_oracle(scores, ~correct, pairs).tolist() == [[[9, 1], [0, 0]]]
-    assert meta.vote_oracle(scores, correct & False, pairs).tolist() == [[[14, 7], [4, 8]]]
+        found = meta.vote_guided(scores[:, every], rewards[:, every], k_meta)
+        assert found.tolist() == [[expected]]
+    assert meta.vote_oracle(scores[:, every], correct[:, every]).tolist() == [[[9, 14]]]
+    oracle = meta.vote_oracle(scores[:, pairs], ~correct[:, pairs])
+    assert oracle.tolist() == [[[9, 1], [0, 0]]]
+    nothing = meta.vote_oracle(scores[:, pairs], correct[:, pairs] & False)
+    assert nothing.tolist() == [[[14, 7], [4, 8]]]
 
 
 def test_a_perfect_meta_rm_beats_voting():
