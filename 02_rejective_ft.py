@@ -51,7 +51,7 @@ N_RFT = 3  # samples of an item without a hint
 
 def ask(items: list[Preference], args) -> list[Judgement]:
     """What is sampled of every item: N_RFT judgements without a hint, then one with it."""
-    asked = ballots(items, N_RFT + 1, str(args.seed), binary=True)
+    asked = ballots(items, N_RFT + 1, str(args.seed))
     for one in asked[N_RFT :: N_RFT + 1]:
         one.hint = f"The best response is number {one.rewards.index(max(one.rewards)) + 1}."
         if len(one.rewards) == 1:
@@ -159,8 +159,7 @@ def main():
         reject(list(group), args.ablate == "keep-all")
     run.write("trajectories.jsonl", map(asdict, trajectories))
     easy = {one.item for one in trajectories if one.reason == "too easy"}
-    hard = [asdict(item) for number, item in enumerate(items) if number not in easy]
-    run.write("hard.jsonl", hard)
+    run.write("hard.jsonl", [asdict(items[i]) for i in range(len(items)) if i not in easy])
     counts = count_trajectories(trajectories)
     kept = [one for one in trajectories if one.reason == "kept"]
     require(kept, "all trajectories were rejected: use more items or a better --teacher")
@@ -174,15 +173,14 @@ def main():
     run.finish({"trajectories": counts, "examples": len(examples), "steps": steps})
 
 
-def ballots(items: list[Preference], k: int, seed: str, binary: bool = False) -> list[Judgement]:
-    """k judgements to be made of every item, each with the responses in an order of its own.
-    binary: single responses are scored 0 or 1, as in training."""
+def ballots(items: list[Preference], k: int, seed: str) -> list[Judgement]:
+    """k judgements to be made of every item, each with the responses in an order of its own. A
+    single response is scored 0 or 1, as in training."""
     asked = []
-    for number, item in enumerate(items):
-        for i in range(k):
-            places = range(len(item.responses))
-            order = random.Random(f"{seed} {i} {number}").sample(places, len(places))
-            asked.append(show(item, number, order, binary=binary and len(order) == 1))
+    for (number, item), i in itertools.product(enumerate(items), range(k)):
+        places = range(len(item.responses))
+        order = random.Random(f"{seed} {i} {number}").sample(places, len(places))
+        asked.append(show(item, number, order, binary=len(order) == 1))
     return asked
 
 
@@ -362,8 +360,7 @@ def read_lines(path: str | Path, kind: type = Preference) -> list:
             record = json.loads(line)
             records.append(kind(**{name: record[name] for name in names & record.keys()}))
     except (OSError, UserError, ValueError, TypeError, LookupError, AttributeError) as error:
-        where = f"{path}:{len(records) + 1}"
-        raise UserError(f"{where}: {error} (tests/tools/export.py reads other data)") from None
+        raise UserError(f"{path}:{len(records) + 1}: {error} (see tests/tools/export.py)") from None
     return records
 
 
@@ -464,13 +461,11 @@ def read_scores(text: str, n: int, binary: bool = False) -> tuple[list[int] | No
     text = text.rpartition("</think>")[2]
     labels = [*LABEL.finditer("" if text.lstrip().startswith("<think>") else text)]
     box = BOX.search(text, labels[-1].end()) if labels else None
-    if not box:
-        return None, "no closed box after Scores:" if labels else "no line begins with Scores:"
-    entries = DECORATION.sub("", box[1]).replace("\uff0c", ",").split(",")
+    entries = DECORATION.sub("", box[1] if box else "").replace("\uff0c", ",").split(",")
     numbers = [int(entry) if re.fullmatch("[0-9]{1,2}", entry) else -1 for entry in entries]
     low, high = (0, 1) if binary else (1, 10)
     if len(numbers) != n or min(numbers) < low or max(numbers) > high:
-        return None, f"the box does not hold {n} whole numbers in {low}..{high}"
+        return None, f"no line Scores: with a box of {n} whole numbers in {low}..{high}"
     return numbers, ""
 
 
@@ -617,13 +612,12 @@ def sample(model, tokenizer, prompts, temperature, args, seed=0) -> list[list[in
     while rows:
         part = rows[: max(1, size // len(rows[0][1]))]
         try:
-            found = Batch(model, part, temperature, args.max_new_tokens, ends).finish()
+            drawn |= Batch(model, part, temperature, args.max_new_tokens, ends).finish()
         except torch.OutOfMemoryError:
             require(len(part) > 1, "out of memory with one prompt")
             size = len(part) * len(part[0][1]) // 2
             continue
-        drawn |= found
-        bar.update(len(found) * RANKS)
+        bar.update(len(drawn) * RANKS - bar.n)
         rows = rows[len(part) :]
     bar.close()
     if RANKS > 1:
@@ -634,15 +628,12 @@ def sample(model, tokenizer, prompts, temperature, args, seed=0) -> list[list[in
 
 def block_inputs(model, tokens, keys) -> dict:
     """A model's inputs for rows that hold a prompt (member 0) and completions of it (1, 2, ...).
-    `tokens` (3, rows, columns) are ids, members and positions. They see those of `keys` (3, rows,
-    more columns) that are of the prompt or of the same member, at positions up to their own:
-
-        token       .  p  q  r  a  d  b  e      prompt p q r, padded; completions a b and d e
-        member     -1  0  0  0  1  2  1  2      b sees p q r a b, and e sees p q r d e:
-        position    0  0  1  2  3  3  4  4      what each would see alone after the prompt
-
-    The mask is added to attention's logits (rows, 1, queries, keys): 0, or the lowest number. If
-    layers are of two kinds it is a dict, and sliding ones do not see beyond their window."""
+    `tokens` (3, rows, columns) and `keys` (3, rows, more columns) are ids, members and positions. The
+    mask (rows, 1, columns, more columns) is added to attention's logits: 0, or the lowest number.
+    If layers are of two kinds it is a dict, and sliding ones do not see beyond their window."""
+    # token       .  p  q  r  a  d  b  e     a prompt p q r, padded, and completions a b and d e
+    # member     -1  0  0  0  1  2  1  2     b sees p q r a b, and e sees p q r d e: all of the
+    # position    0  0  1  2  3  3  4  4     prompt or the same member at positions up to its own
     (ids, member, position), (_, key_member, key_position) = tokens, keys[:, :, None, None]
     distance = position[:, None, :, None] - key_position
     hidden = (distance < 0) | (key_member != 0) & (key_member != member[:, None, :, None])
@@ -673,8 +664,8 @@ class Batch:
         position = (width - padding + torch.where(after < 0, after, after // n)).clamp(min=0)
         member = torch.where(after < 0, 0, after % n + 1).where(column >= padding, -1)
         self.tokens = torch.stack([torch.tensor(ids, device=device), member, position])
-        layers = range(model.config.get_text_config().num_hidden_layers)
-        self.cache = transformers.Cache(layers=[transformers.StaticLayer(width) for _ in layers])
+        layer = partial(transformers.StaticLayer, width)  # one for each layer that is used
+        self.cache = transformers.Cache(layer_class_to_replicate=layer)
         self.ends = torch.tensor(ends, device=device)
         self.last = column[width : width + n] - n  # columns of the tokens that were drawn last
         self.advance(column[:width], 1)
@@ -697,8 +688,8 @@ class Batch:
         """Drop all other rows, and make room for so many more steps."""
         index, more = torch.tensor(rows, device=self.last.device), (0, 0, 0, self.n * steps)
         for layer in self.cache.layers:
-            for name in ("keys", "values") if layer.is_initialized else ():
-                setattr(layer, name, torch.nn.functional.pad(getattr(layer, name)[index], more))
+            layer.keys = torch.nn.functional.pad(layer.keys[index], more)
+            layer.values = torch.nn.functional.pad(layer.values[index], more)
         self.visible += self.n * steps
         self.tokens, self.places = self.tokens[:, index], [self.places[row] for row in rows]
 

@@ -295,8 +295,7 @@ def read_lines(path: str | Path, kind: type = Preference) -> list:
             record = json.loads(line)
             records.append(kind(**{name: record[name] for name in names & record.keys()}))
     except (OSError, UserError, ValueError, TypeError, LookupError, AttributeError) as error:
-        where = f"{path}:{len(records) + 1}"
-        raise UserError(f"{where}: {error} (tests/tools/export.py reads other data)") from None
+        raise UserError(f"{path}:{len(records) + 1}: {error} (see tests/tools/export.py)") from None
     return records
 
 
