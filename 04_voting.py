@@ -150,9 +150,8 @@ def main():
     args.model = args.model or [str(latest)]
 
     many = [item for item in read_lines(args.data)[: args.limit] if len(item.responses) > 1]
-    learnt = set()
-    for of_run in sum(map(history, args.model), []):
-        learnt |= {str(item.query) for item in read_lines(of_run["data"])[: of_run["limit"]]}
+    runs = sum(map(history, args.model), [])
+    learnt = {str(item.query) for of in runs for item in read_lines(of["data"])[: of["limit"]]}
     items = [item for item in many if str(item.query) not in learnt]
     print(f"{len(items)} items, and {len(many) - len(items)} left out: a model learnt from them")
     require(items and args.k > 0, "nothing to judge, or --k below 1")
@@ -489,8 +488,7 @@ def sample(model, tokenizer, prompts, temperature, args, seed=0) -> list[list[in
     for prompt, of_prompt in places.items():
         parts = math.ceil(len(of_prompt) / GROUP) if len(prompt) <= room else 0
         rows += [(prompt, of_prompt[part::parts]) for part in range(parts)]
-    rows.sort(key=lambda row: (-len(row[1]), -len(row[0])))  # neighbours need little padding
-    rows = rows[RANK::RANKS]
+    rows = sorted(rows, key=lambda row: (-len(row[1]), -len(row[0])))[RANK::RANKS]  # alike: near
     torch.manual_seed(seed + 10**9 * RANK)
     bar = progress(desc="samples", total=len(prompts))
     while rows:
