@@ -605,7 +605,7 @@ def sample(model, tokenizer, prompts, temperature, args, seed=0) -> list[list[in
     for prompt, of_prompt in places.items():
         parts = math.ceil(len(of_prompt) / GROUP) if len(prompt) <= room else 0
         rows += [(prompt, of_prompt[part::parts]) for part in range(parts)]
-    rows = sorted(rows, key=lambda row: (-len(row[1]), -len(row[0])))[RANK::RANKS]  # alike: near
+    rows = sorted(rows, key=lambda row: (-len(row[1]), -len(row[0])))[RANK::RANKS]  # little padding
     torch.manual_seed(seed + 10**9 * RANK)
     bar = progress(desc="samples", total=len(prompts))
     while rows:
