@@ -49,7 +49,7 @@ from tqdm import tqdm
 N_RFT = 3  # samples of an item without a hint
 
 
-def ask(items: list[Preference], args) -> list[Judgement]:
+def ask(items: list[Judgement], args) -> list[Judgement]:
     """What is sampled of every item: N_RFT judgements without a hint, then one with it."""
     asked = ballots(items, N_RFT + 1, str(args.seed))
     for one in asked[N_RFT :: N_RFT + 1]:
@@ -173,7 +173,7 @@ def main():
     run.finish({"trajectories": counts, "examples": len(examples), "steps": steps})
 
 
-def ballots(items: list[Preference], k: int, seed: str) -> list[Judgement]:
+def ballots(items: list[Judgement], k: int, seed: str) -> list[Judgement]:
     """k judgements to be made of every item, each with the responses in an order of its own. A
     single response is scored 0 or 1, as in training."""
     asked = []
@@ -312,28 +312,15 @@ def require(condition, message: str) -> None:
 
 
 @dataclass
-class Preference:
-    """A query, its n >= 1 responses and their true rewards. Raises UserError if malformed."""
+class Judgement:
+    """An item of the data: a query, its n >= 1 responses and their true rewards. Then also what the
+    judge was shown of an item, what it wrote, and what we read in it. UserError if malformed."""
 
     query: str | list[dict]  # the user's text, or turns {"role", "content"}; the last is the user's
     responses: list[str]
     rewards: list[float]  # one a response, with one maximum; a single response has 1 (right) or 0
     subset: str = ""
     reference: str | None = None  # an answer to judge against (E.1.3)
-
-    def __post_init__(self):
-        turns = [] if isinstance(self.query, str) else self.query
-        require(self.query and all(turn["role"] + turn["content"] for turn in turns), "no query")
-        n, best = len({text.strip() for text in self.responses} - {""}), max(self.rewards)
-        require(n == len(self.responses) == len(self.rewards), "not n responses and n rewards")
-        fine = self.rewards.count(best) == 1 and (n > 1 or best in (0, 1))
-        require(fine and math.isfinite(sum(self.rewards)), "no best reward, or one not 0 or 1")
-
-
-@dataclass
-class Judgement(Preference):
-    """What the judge was shown, what it wrote, and what we read in it."""
-
     item: int = 0  # the item's number in the data
     order: list[int] = field(default_factory=list)  # responses[i] is the item's response order[i]
     binary: bool = False  # the score of a single response is 0 or 1, as in training
@@ -345,20 +332,28 @@ class Judgement(Preference):
     correct: bool = False  # Eq. 10
     reason: str = ""  # why scores is None
 
+    def __post_init__(self):
+        turns = [] if isinstance(self.query, str) else self.query
+        require(self.query and all(turn["role"] + turn["content"] for turn in turns), "no query")
+        n, best = len({text.strip() for text in self.responses} - {""}), max(self.rewards)
+        require(n == len(self.responses) == len(self.rewards), "not n responses and n rewards")
+        fine = self.rewards.count(best) == 1 and (n > 1 or best in (0, 1))
+        require(fine and math.isfinite(sum(self.rewards)), "no best reward, or one not 0 or 1")
 
-def show(item: Preference, number: int, order: list[int], **more) -> Judgement:
+
+def show(item: Judgement, number: int, order: list[int], **more) -> Judgement:
     """A judgement that is still to be made: item `number`, its responses in this order."""
     shown = [item.responses[i] for i in order], [item.rewards[i] for i in order]
     return Judgement(item.query, *shown, item.subset, item.reference, number, order, **more)
 
 
-def read_lines(path: str | Path, kind: type = Preference) -> list:
-    """The records of JSON Lines of our own, as objects of a dataclass. Raises UserError."""
-    names, records = {one.name for one in fields(kind)}, []
+def read_lines(path: str | Path) -> list[Judgement]:
+    """Items or judgements from JSON Lines of our own. Raises UserError."""
+    names, records = {one.name for one in fields(Judgement)}, []
     try:
         for line in Path(path).read_bytes().strip().split(b"\n"):
             record = json.loads(line)
-            records.append(kind(**{name: record[name] for name in names & record.keys()}))
+            records.append(Judgement(**{name: record[name] for name in names & record.keys()}))
     except (OSError, UserError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path}:{len(records) + 1}: {error} (see tests/tools/export.py)") from None
     return records
@@ -492,7 +487,7 @@ def judge(model, tokenizer, asked, temperature, args, run, name) -> list[Judgeme
     """Let the model judge what is asked. The run's file `name` grows by CHUNK judgements at a time,
     after those that it holds already. Returns all of them, in order."""
     path = run.folder / name
-    done = read_lines(path, Judgement) if path.exists() else []
+    done = read_lines(path) if path.exists() else []
     for first in range(len(done), len(asked), CHUNK):
         part = asked[first : first + CHUNK]
         prompts = [encode(tokenizer, one, args.shots) for one in part]

@@ -82,7 +82,7 @@ def surrogate(log_probs, old, advantages) -> torch.Tensor:
 Group = namedtuple("Group", "prompt completion outputs advantages rewards judgements")
 
 
-def roll_out(model, tokenizer, items: list[Preference], args, step: int) -> list[Group]:
+def roll_out(model, tokenizer, items: list[Judgement], args, step: int) -> list[Group]:
     """G judgements of each item of a step at temperature 1, with their rewards and advantages. The
     prompts show the responses in an order of their own, and have single ones scored 0 or 1."""
     asked, groups = [], []
@@ -220,28 +220,15 @@ def require(condition, message: str) -> None:
 
 
 @dataclass
-class Preference:
-    """A query, its n >= 1 responses and their true rewards. Raises UserError if malformed."""
+class Judgement:
+    """An item of the data: a query, its n >= 1 responses and their true rewards. Then also what the
+    judge was shown of an item, what it wrote, and what we read in it. UserError if malformed."""
 
     query: str | list[dict]  # the user's text, or turns {"role", "content"}; the last is the user's
     responses: list[str]
     rewards: list[float]  # one a response, with one maximum; a single response has 1 (right) or 0
     subset: str = ""
     reference: str | None = None  # an answer to judge against (E.1.3)
-
-    def __post_init__(self):
-        turns = [] if isinstance(self.query, str) else self.query
-        require(self.query and all(turn["role"] + turn["content"] for turn in turns), "no query")
-        n, best = len({text.strip() for text in self.responses} - {""}), max(self.rewards)
-        require(n == len(self.responses) == len(self.rewards), "not n responses and n rewards")
-        fine = self.rewards.count(best) == 1 and (n > 1 or best in (0, 1))
-        require(fine and math.isfinite(sum(self.rewards)), "no best reward, or one not 0 or 1")
-
-
-@dataclass
-class Judgement(Preference):
-    """What the judge was shown, what it wrote, and what we read in it."""
-
     item: int = 0  # the item's number in the data
     order: list[int] = field(default_factory=list)  # responses[i] is the item's response order[i]
     binary: bool = False  # the score of a single response is 0 or 1, as in training
@@ -253,20 +240,28 @@ class Judgement(Preference):
     correct: bool = False  # Eq. 10
     reason: str = ""  # why scores is None
 
+    def __post_init__(self):
+        turns = [] if isinstance(self.query, str) else self.query
+        require(self.query and all(turn["role"] + turn["content"] for turn in turns), "no query")
+        n, best = len({text.strip() for text in self.responses} - {""}), max(self.rewards)
+        require(n == len(self.responses) == len(self.rewards), "not n responses and n rewards")
+        fine = self.rewards.count(best) == 1 and (n > 1 or best in (0, 1))
+        require(fine and math.isfinite(sum(self.rewards)), "no best reward, or one not 0 or 1")
 
-def show(item: Preference, number: int, order: list[int], **more) -> Judgement:
+
+def show(item: Judgement, number: int, order: list[int], **more) -> Judgement:
     """A judgement that is still to be made: item `number`, its responses in this order."""
     shown = [item.responses[i] for i in order], [item.rewards[i] for i in order]
     return Judgement(item.query, *shown, item.subset, item.reference, number, order, **more)
 
 
-def read_lines(path: str | Path, kind: type = Preference) -> list:
-    """The records of JSON Lines of our own, as objects of a dataclass. Raises UserError."""
-    names, records = {one.name for one in fields(kind)}, []
+def read_lines(path: str | Path) -> list[Judgement]:
+    """Items or judgements from JSON Lines of our own. Raises UserError."""
+    names, records = {one.name for one in fields(Judgement)}, []
     try:
         for line in Path(path).read_bytes().strip().split(b"\n"):
             record = json.loads(line)
-            records.append(kind(**{name: record[name] for name in names & record.keys()}))
+            records.append(Judgement(**{name: record[name] for name in names & record.keys()}))
     except (OSError, UserError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path}:{len(records) + 1}: {error} (see tests/tools/export.py)") from None
     return records

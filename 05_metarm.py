@@ -172,7 +172,7 @@ def judgements_to_learn(paths: list[str], measured: set[str]) -> list[Judgement]
     queries that are measured on."""
     found = []
     for path in paths:
-        drawn = read_lines(path, Judgement)
+        drawn = read_lines(path)
         found += [one for one in drawn if one.scores is not None and not one.hint]
     found = [one for one in found if str(one.query) not in measured]
     counts = Counter(one.correct for one in found)
@@ -214,7 +214,7 @@ def main():
         args.learn = [str(path) for path in args.learn if Path(path).exists()]
 
     require(0 < args.k_meta <= 1, "--k-meta is a share: above 0, at most 1")
-    samples = read_lines(args.samples, Judgement)
+    samples = read_lines(args.samples)
     total = sum(one.item == samples[0].item for one in samples)
     samples = [one for one in samples if len(one.rewards) > 1]
     judgements = judgements_to_learn(args.learn, {str(one.query) for one in samples})
@@ -253,28 +253,15 @@ def require(condition, message: str) -> None:
 
 
 @dataclass
-class Preference:
-    """A query, its n >= 1 responses and their true rewards. Raises UserError if malformed."""
+class Judgement:
+    """An item of the data: a query, its n >= 1 responses and their true rewards. Then also what the
+    judge was shown of an item, what it wrote, and what we read in it. UserError if malformed."""
 
     query: str | list[dict]  # the user's text, or turns {"role", "content"}; the last is the user's
     responses: list[str]
     rewards: list[float]  # one a response, with one maximum; a single response has 1 (right) or 0
     subset: str = ""
     reference: str | None = None  # an answer to judge against (E.1.3)
-
-    def __post_init__(self):
-        turns = [] if isinstance(self.query, str) else self.query
-        require(self.query and all(turn["role"] + turn["content"] for turn in turns), "no query")
-        n, best = len({text.strip() for text in self.responses} - {""}), max(self.rewards)
-        require(n == len(self.responses) == len(self.rewards), "not n responses and n rewards")
-        fine = self.rewards.count(best) == 1 and (n > 1 or best in (0, 1))
-        require(fine and math.isfinite(sum(self.rewards)), "no best reward, or one not 0 or 1")
-
-
-@dataclass
-class Judgement(Preference):
-    """What the judge was shown, what it wrote, and what we read in it."""
-
     item: int = 0  # the item's number in the data
     order: list[int] = field(default_factory=list)  # responses[i] is the item's response order[i]
     binary: bool = False  # the score of a single response is 0 or 1, as in training
@@ -286,14 +273,22 @@ class Judgement(Preference):
     correct: bool = False  # Eq. 10
     reason: str = ""  # why scores is None
 
+    def __post_init__(self):
+        turns = [] if isinstance(self.query, str) else self.query
+        require(self.query and all(turn["role"] + turn["content"] for turn in turns), "no query")
+        n, best = len({text.strip() for text in self.responses} - {""}), max(self.rewards)
+        require(n == len(self.responses) == len(self.rewards), "not n responses and n rewards")
+        fine = self.rewards.count(best) == 1 and (n > 1 or best in (0, 1))
+        require(fine and math.isfinite(sum(self.rewards)), "no best reward, or one not 0 or 1")
 
-def read_lines(path: str | Path, kind: type = Preference) -> list:
-    """The records of JSON Lines of our own, as objects of a dataclass. Raises UserError."""
-    names, records = {one.name for one in fields(kind)}, []
+
+def read_lines(path: str | Path) -> list[Judgement]:
+    """Items or judgements from JSON Lines of our own. Raises UserError."""
+    names, records = {one.name for one in fields(Judgement)}, []
     try:
         for line in Path(path).read_bytes().strip().split(b"\n"):
             record = json.loads(line)
-            records.append(kind(**{name: record[name] for name in names & record.keys()}))
+            records.append(Judgement(**{name: record[name] for name in names & record.keys()}))
     except (OSError, UserError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path}:{len(records) + 1}: {error} (see tests/tools/export.py)") from None
     return records
@@ -357,7 +352,7 @@ def end_tokens(model, tokenizer) -> list[int]:
     return [token for token in dict.fromkeys(ends) if token is not None]
 
 
-def mean_and_se(values: list[float], items: list[Preference]) -> dict:
+def mean_and_se(values: list[float], items: list[Judgement]) -> dict:
     """Mean, standard error and n of values, one an item. Items of the same query are a cluster."""
     mean, sums = sum(values) / len(values) if values else math.nan, Counter()
     for value, item in zip(values, items):
@@ -608,7 +603,7 @@ def history(model: str) -> list[dict]:
     return found
 
 
-def print_table(title: str, rows: dict[str, dict], items: list[Preference]) -> dict[str, dict]:
+def print_table(title: str, rows: dict[str, dict], items: list[Judgement]) -> dict[str, dict]:
     """Print and return the means of values (items,), {row: {column: values}}, with their errors."""
     print(f"\n{title}, %\n{'':<12}" + "".join(f"{name:>17}" for name in next(iter(rows.values()))))
     figures = {}

@@ -123,7 +123,7 @@ def tell(capsys):
 def test_01_1_a_lazy_judge():
     step, judgements = script("01"), []
     for n in [2] * 6 + [3] * 3 + [4]:
-        item = step.Preference(f"q{n}", [f"r{j}" for j in range(n)], [1] + [0] * (n - 1))
+        item = step.Judgement(f"q{n}", [f"r{j}" for j in range(n)], [1] + [0] * (n - 1))
         judgements.append(step.show(item, len(judgements), list(range(n)), scores=[5] * n))
     rows = {name.split()[0]: row["mean"] for name, row in step.measure(judgements).items()}
     values = [rows[name] for name in ("accuracy", "strict", "ties")]
@@ -135,7 +135,7 @@ def test_01_2_judged_alone(monkeypatch, tell):
     judge_alone = given(step, "judge_alone")
     deserved = {"Seven.": 7, "Nine.": 2, "Eleven.": 10, "Mumble.": None}
     asked = ["Seven.", "Nine."], ["Nine.", "Seven.", "Eleven."], ["Mumble.", "Nine."], ["Eleven."]
-    items = [step.Preference("A prime?", of, [1] + [0] * (len(of) - 1)) for of in asked]
+    items = [step.Judgement("A prime?", of, [1] + [0] * (len(of) - 1)) for of in asked]
 
     def write(prompt, temperature):
         shown = shown_responses(prompt)
@@ -151,7 +151,7 @@ def test_01_2_judged_alone(monkeypatch, tell):
     right = list(scores) == [[7, 2], [2, 7, 10], None, [10]]
     expect(right, f"judge_alone: a judge gives {deserved}. Of {asked} it returned {scores}")
     pairs = eval_pairs(step, 8)
-    turned = [step.Preference(p.query, p.responses[::-1], p.rewards[::-1]) for p in pairs]
+    turned = [step.Judgement(p.query, p.responses[::-1], p.rewards[::-1]) for p in pairs]
     alone = [judge_alone(model, tokenizer, of, ARGS) for of in (pairs, turned)]
     together = [greedy(step, model, tokenizer, of) for of in (pairs, turned)]
     same = [sum(a == (b and b[::-1]) for a, b in zip(*way)) for way in (alone, together)]
@@ -186,7 +186,7 @@ def trajectories(step, outcomes: str, hinted: str = "", ties_pass: bool = False)
     for number, outcome in enumerate(outcomes + hinted):
         hint = "a hint" if number >= len(outcomes) else ""
         more = {"scores": scores[outcome], "correct": outcome in ("c", "t")[: 1 + ties_pass]}
-        item = step.Preference("q", ["a", "b"], [1, 0])
+        item = step.Judgement("q", ["a", "b"], [1, 0])
         group.append(step.show(item, 0, [0, 1], hint=hint, **more))
     return group
 
@@ -223,7 +223,7 @@ def test_02_3_does_the_judge_believe_the_hint(monkeypatch, tell):
     step = script("02")
     hint_effect, words = given(step, "hint_effect"), r"\n\(The best response is number ([12])\.\)"
     names = [f"easy {i}" for i in range(6)] + [f"hard {i}" for i in range(4)]
-    items = [step.Preference(name, ["good", "bad"], [1, 0]) for name in names]
+    items = [step.Judgement(name, ["good", "bad"], [1, 0]) for name in names]
     model, tokenizer = step.load_model(JUDGE)
     for believes, expected in (("always", (1, 0.6, 0)), ("never", (0.6, 0.6, 0.6))):
 

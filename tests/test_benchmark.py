@@ -84,7 +84,7 @@ def test_scale_runs_shrunken_and_prints_the_plan_of_27b(capsys):
 
 def judged(number: int, order: list[int], scores, query: str = "q", text: str = "t"):
     step = show_votes.step
-    item = step.Preference(query, ["<i>good", "bad"], [1.0, 0.0])
+    item = step.Judgement(query, ["<i>good", "bad"], [1.0, 0.0])
     one = step.show(item, number, order)
     one.scores, one.output, one.reason = scores, text, "" if scores else "no <box>"
     return one

@@ -94,7 +94,7 @@ def test_pair(tmp_path, name):
 
 def test_our_own_lines_stay_as_they_are(tmp_path):
     own = {"query": TALK, "responses": [BAD, " b", "c"], "rewards": [0, 2, 1], "reference": "r"}
-    assert read(tmp_path, own) == [grm.Preference(**own)]
+    assert read(tmp_path, own) == [grm.Judgement(**own)]
 
 
 def test_one_best_response_of_several(tmp_path):

@@ -98,7 +98,7 @@ def test_is_correct_and_chance_of_best(scores, rewards, correct, chance):
 
 
 def mean(values, queries):
-    items = [grm.Preference(query, ["a", "b"], [1, 0]) for query in queries]
+    items = [grm.Judgement(query, ["a", "b"], [1, 0]) for query in queries]
     found = grm.mean_and_se(values, items)
     return found["mean"], found["se"]
 
@@ -148,7 +148,7 @@ def test_measure_by_hand():
 
 
 def test_probe_turns_the_order_round_and_speaks_for_the_worst():
-    one = grm.show(grm.Preference("q", ["a", "b", "c"], [2, 0, 1], "s", "r"), 7, [0, 1, 2])
+    one = grm.show(grm.Judgement("q", ["a", "b", "c"], [2, 0, 1], "s", "r"), 7, [0, 1, 2])
     [turned], [swayed] = grm.probe([one]).values()
     assert (turned.responses, turned.rewards, turned.order) == (
         ["c", "b", "a"],

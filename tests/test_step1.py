@@ -30,7 +30,7 @@ def step(monkeypatch, tmp_path, capsys):
 
 
 def judgements(folder, name="judgements.jsonl"):
-    return grm.read_lines(folder / name, grm.Judgement)
+    return grm.read_lines(folder / name)
 
 
 def write(path, rows):

@@ -62,7 +62,7 @@ def same_gradients(model, one: torch.Tensor, other: torch.Tensor) -> None:
 
 def judged(scores, rewards=(0, 1), number=0, query="q", **more):
     """A judgement of responses in their own order, with these scores."""
-    item = rft.Preference(query, [f"response {i}" for i in range(len(rewards))], list(rewards))
+    item = rft.Judgement(query, [f"response {i}" for i in range(len(rewards))], list(rewards))
     one = rft.show(item, number, list(range(len(rewards))), **more)
     one.scores, one.correct = scores, rft.is_correct(scores, item.rewards)
     return one

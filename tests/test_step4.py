@@ -62,7 +62,7 @@ def test_right_and_tied_by_hand():
 
 
 def judged(number, rewards, order, scores) -> tuple:
-    item = voting.Preference(f"q{number}", [f"r{i}" for i in range(len(rewards))], rewards)
+    item = voting.Judgement(f"q{number}", [f"r{i}" for i in range(len(rewards))], rewards)
     one = voting.show(item, number, order)
     one.scores = scores
     return item, one

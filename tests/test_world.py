@@ -86,7 +86,7 @@ def test_items_have_the_truth_that_their_text_states(n):
             assert item["rewards"] == met and len({tuple(items) for items in lists}) == n
             best, second = sorted(met, reverse=True)[:2]
             assert 1 <= best - second <= 2  # close: that is what the world is about
-        grm.Preference(**item)  # raises UserError if script 01 would not take it
+        grm.Judgement(**item)  # raises UserError if script 01 would not take it
         kinds |= {c.kind for c in criteria}
         right += item["rewards"][0] if n == 1 else met.index(max(met)) == 0
     assert kinds == set(world.KINDS)

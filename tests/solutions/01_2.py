@@ -3,7 +3,7 @@ it: now the order of the responses changes nothing."""
 # ruff: noqa: F821  (the script has these names)
 
 
-def judge_alone(model, tokenizer, items: list[Preference], args) -> list[list[int] | None]:
+def judge_alone(model, tokenizer, items: list[Judgement], args) -> list[list[int] | None]:
     """Scores of every item's responses, each judged greedily in a prompt of its own. None for an
     item of which one cannot be read."""
     prompts = []

@@ -3,7 +3,7 @@ principles."""
 # ruff: noqa: F821  (the script has these names)
 
 
-def judge_by(model, tokenizer, items: list[Preference], principles: list[str], args) -> list[str]:
+def judge_by(model, tokenizer, items: list[Judgement], principles: list[str], args) -> list[str]:
     """Greedy judgements of every item by the principles given for it."""
     starts, prompts = [], []
     for number, (item, text) in enumerate(zip(items, principles)):

@@ -3,7 +3,7 @@ better with the truth and worse with a lie."""
 # ruff: noqa: F821  (the script has these names)
 
 
-def hint_effect(model, tokenizer, items: list[Preference], args) -> tuple[float, float, float]:
+def hint_effect(model, tokenizer, items: list[Judgement], args) -> tuple[float, float, float]:
     """The shares of items that the judge gets right (Eq. 10): with the truth as hint, without a
     hint, with the number of the other response."""
     shares = []

@@ -14,14 +14,14 @@ import json
 import random
 import re
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import load_script  # noqa: E402
 
 grm = load_script("01_pointwise_grm")
-Preference, UserError, require = grm.Preference, grm.UserError, grm.require
+COLUMNS = "query", "responses", "rewards", "subset", "reference"  # of our own lines
+Judgement, UserError, require = grm.Judgement, grm.UserError, grm.require
 
 # Columns of the first and the second response; the column of the verdict, if there is one; what it
 # says (a pattern) if the first is better, if the second is better.
@@ -70,7 +70,7 @@ def read_records(source: str) -> tuple[list[dict], str]:
         raise UserError(f"{source}: cannot be read: {error.__cause__ or error}") from None
 
 
-def import_preferences(source: str, skip_bad: bool = False) -> list[Preference]:
+def import_preferences(source: str, skip_bad: bool = False) -> list[Judgement]:
     """The preferences of a source. Prints how many records are left out. Raises UserError."""
     try:
         return grm.read_lines(source)  # our own
@@ -147,7 +147,7 @@ def conversations(record: dict) -> tuple[list[list[dict]], list[float]]:
     return talks, rewards
 
 
-def to_preferences(record: dict) -> list[Preference]:
+def to_preferences(record: dict) -> list[Judgement]:
     """The preferences of a record, whose columns tell the layout. Raises UserError."""
     record = {name.lower(): value for name, value in record.items() if value is not None}
     talks, rewards = conversations(record)
@@ -171,7 +171,7 @@ def to_preferences(record: dict) -> list[Preference]:
     for pair in pairs:
         order = random.Random(str(query)).sample(pair, len(pair))  # the best is anywhere
         texts, truth = [talks[i][-1]["content"] for i in order], [rewards[i] for i in order]
-        items.append(Preference(query, texts, truth, subset, record.get("reference")))
+        items.append(Judgement(query, texts, truth, subset, record.get("reference")))
     return items
 
 
@@ -210,7 +210,10 @@ def main():
     require(not Path(args.file).exists(), f"{args.file} exists: name another file")
     items = import_preferences(args.source, args.skip_bad)[: args.limit]
     with open(args.file, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items)
+        file.writelines(
+            json.dumps({name: getattr(item, name) for name in COLUMNS}, ensure_ascii=False) + "\n"
+            for item in items
+        )
     print(f"wrote {len(items)} preferences to {args.file}")
 
 

@@ -97,7 +97,7 @@ def main():
     parser.add_argument("samples", help="a file of step 4")
     parser.add_argument("out", type=Path, help="the page")
     args = parser.parse_args()
-    samples = step.read_lines(args.samples, step.Judgement)
+    samples = step.read_lines(args.samples)
     args.out.write_text(page(args.samples, samples), encoding="utf-8")
     print(f"wrote {args.out}")
 
