@@ -94,14 +94,12 @@ def make_examples(model, tokenizer, kept: list[Judgement], args) -> list[Example
         try:
             lines = Path(args.instruct_data).read_text(encoding="utf-8").strip().split("\n")
             for line in random.Random(args.seed).choices(lines, k=len(kept)):
-                turns = json.loads(line)["messages"]
-                texts = [turn["content"] for turn in turns]
-                if turns[0]["role"] == "system":
+                texts = [turn["content"] for turn in json.loads(line)["messages"]]
+                if len(texts) % 2:  # the first is the system's
                     texts[:2] = ["\n\n".join(texts[:2])]
                 pairs.append((encode_turns(tokenizer, texts[:-1]), texts[-1]))
         except (OSError, ValueError, TypeError, LookupError) as error:
-            told = f'{args.instruct_data}: no JSON Lines of {{"messages"}}: {error}'
-            raise UserError(told) from None
+            raise UserError(f'{args.instruct_data}: no {{"messages"}}: {error}') from None
     end, prompts = end_tokens(model, tokenizer)[:1], [prompt for prompt, _ in pairs]
     texts = tokenizer([text for _, text in pairs], add_special_tokens=False)["input_ids"]
     return [Example(prompt, ids + end) for prompt, ids in zip(prompts, texts)]
@@ -222,25 +220,20 @@ def set_trainable(model, args) -> None:
 
 def stream(count: int, total: int, seed: int) -> list[int]:
     """`total` numbers below `count`: epoch after epoch, each in an order of its own."""
-    numbers = []
-    while len(numbers) < total:
-        epoch = random.Random(f"{seed} {len(numbers) // count}")
-        numbers += epoch.sample(range(count), count)
-    return numbers[:total]
+    epochs = [random.Random(f"{seed} {epoch}") for epoch in range(total // count + 1)]
+    return sum([epoch.sample(range(count), count) for epoch in epochs], [])[:total]
 
 
 MICRO_TOKENS = 8192  # of a forward pass in training, with padding: fewer take less memory
 
 
-def micro_batches(examples: list) -> list[list]:
+def micro_batches(examples: list):
     """Split examples into batches of similar length, at most MICRO_TOKENS tokens with padding."""
-    batches = []
     examples = sorted(examples, key=lambda one: -len(one.prompt) - len(one.completion))
     while examples:
         size = max(1, MICRO_TOKENS // (len(examples[0].prompt) + len(examples[0].completion)))
-        batches.append(examples[:size])
+        yield examples[:size]
         examples = examples[size:]
-    return batches
 
 
 def train(model, tokenizer, steps: int, gradients, args, run: Run) -> list[dict]:

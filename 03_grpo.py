@@ -661,25 +661,20 @@ def set_trainable(model, args) -> None:
 
 def stream(count: int, total: int, seed: int) -> list[int]:
     """`total` numbers below `count`: epoch after epoch, each in an order of its own."""
-    numbers = []
-    while len(numbers) < total:
-        epoch = random.Random(f"{seed} {len(numbers) // count}")
-        numbers += epoch.sample(range(count), count)
-    return numbers[:total]
+    epochs = [random.Random(f"{seed} {epoch}") for epoch in range(total // count + 1)]
+    return sum([epoch.sample(range(count), count) for epoch in epochs], [])[:total]
 
 
 MICRO_TOKENS = 8192  # of a forward pass in training, with padding: fewer take less memory
 
 
-def micro_batches(examples: list) -> list[list]:
+def micro_batches(examples: list):
     """Split examples into batches of similar length, at most MICRO_TOKENS tokens with padding."""
-    batches = []
     examples = sorted(examples, key=lambda one: -len(one.prompt) - len(one.completion))
     while examples:
         size = max(1, MICRO_TOKENS // (len(examples[0].prompt) + len(examples[0].completion)))
-        batches.append(examples[:size])
+        yield examples[:size]
         examples = examples[size:]
-    return batches
 
 
 def train(model, tokenizer, steps: int, gradients, args, run: Run) -> list[dict]:

@@ -107,7 +107,7 @@ def trust(model, tokenizer, judgements: list[Judgement]) -> list[float]:
         if one.scores is not None:
             ids = tokenizer(break_up(tokenizer, meta_prompt(one)))["input_ids"]
             examples.append(Example(ids, [number]))
-    for batch in micro_batches(examples)[RANK::RANKS]:
+    for batch in itertools.islice(micro_batches(examples), RANK, None, RANKS):
         with torch.autocast(model.device.type, torch.bfloat16, model.device.type == "cuda"):
             found = meta_rewards(model, [one.prompt for one in batch])
         rewards[[one.completion[0] for one in batch]] = found.double().cpu()
@@ -477,25 +477,20 @@ Example = namedtuple("Example", "prompt completion")  # token ids; the completio
 
 def stream(count: int, total: int, seed: int) -> list[int]:
     """`total` numbers below `count`: epoch after epoch, each in an order of its own."""
-    numbers = []
-    while len(numbers) < total:
-        epoch = random.Random(f"{seed} {len(numbers) // count}")
-        numbers += epoch.sample(range(count), count)
-    return numbers[:total]
+    epochs = [random.Random(f"{seed} {epoch}") for epoch in range(total // count + 1)]
+    return sum([epoch.sample(range(count), count) for epoch in epochs], [])[:total]
 
 
 MICRO_TOKENS = 8192  # of a forward pass in training, with padding: fewer take less memory
 
 
-def micro_batches(examples: list) -> list[list]:
+def micro_batches(examples: list):
     """Split examples into batches of similar length, at most MICRO_TOKENS tokens with padding."""
-    batches = []
     examples = sorted(examples, key=lambda one: -len(one.prompt) - len(one.completion))
     while examples:
         size = max(1, MICRO_TOKENS // (len(examples[0].prompt) + len(examples[0].completion)))
-        batches.append(examples[:size])
+        yield examples[:size]
         examples = examples[size:]
-    return batches
 
 
 def train(model, tokenizer, steps: int, gradients, args, run: Run) -> list[dict]:

@@ -158,7 +158,7 @@ def test_every_epoch_is_a_permutation(count, size):
 
 def test_micro_batches_hold_everything_within_the_limit():
     lengths = [*range(2, 2900, 59), 3 * rft.MICRO_TOKENS]
-    batches = rft.micro_batches([rft.Example([n] * (n - 1), [1]) for n in lengths])
+    batches = list(rft.micro_batches([rft.Example([n] * (n - 1), [1]) for n in lengths]))
     found = [[one.prompt[0] for one in batch] for batch in batches]
     assert sorted(sum(found, [])) == lengths and 8 < len(batches) < 20
     assert all(len(one) == 1 or max(one) * len(one) <= rft.MICRO_TOKENS for one in found)
