@@ -464,17 +464,16 @@ def load_model(name: str, quantize: str = "none", dtype: str = "auto"):
     require(not report["missing_keys"], f"{name} lacks weights: {report['missing_keys']}")
     for module in model.modules():
         module.support_avx512bf16_for_cpu = False  # else 4 bits lose their gradient on some CPUs
-        drop = isinstance(module, torch.nn.Dropout)
-        for rate in [name for name in vars(module) if "dropout" in name or drop and name == "p"]:
+        for rate in [name for name in vars(module) if "dropout" in name or name == "p"]:
             setattr(module, rate, 0.0)  # the same weights give the same log-probabilities
     return model.eval(), tokenizer
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, temperature, args, seed=0) -> list[list[int]]:
-    """Draw a completion of every prompt, both token ids: up to an end token, at most
-    args.max_new_tokens; greedy at temperature 0; none if a prompt is too long for the model. Equal
-    prompts share rows of a batch. Ranks share the rows, and each gets all completions."""
+    """Draw a completion of every prompt, both token ids: up to an end token or args.max_new_tokens,
+    greedy at temperature 0, none if a prompt is too long for the model. Equal prompts share rows of
+    a batch. Ranks share the rows, and each gets all completions."""
     config, ends = model.config.get_text_config(), end_tokens(model.eval(), tokenizer)
     room = getattr(config, "max_position_embeddings", sys.maxsize)
     # longrope's frequencies depend on the longest prompt of a batch, beyond its original length
@@ -526,13 +525,12 @@ def block_inputs(model, tokens, keys) -> dict:
 
 
 class Batch:
-    """Prompts in flight, a row each, with up to n completions of every prompt. A row has the
-    prompt's columns, padded on the left, then n columns for each step, one for every completion
-    (see `block_inputs`): all share the prompt's keys and values. A step changes buffers in place
-    and waits for nothing: CUDA can record it as a graph, and launch it at once."""
+    """Prompts in flight, a row (prompt, places of its completions) each. It has the prompt's columns,
+    padded on the left, then for each step n columns, one for every completion (`block_inputs`): all
+    share the prompt's keys and values. A step changes buffers in place and waits for nothing: CUDA
+    can record it as a graph, and launch it at once. A new batch has drawn the first tokens."""
 
     def __init__(self, model, rows, temperature, length, ends):
-        """rows: (prompt, places of its completions). Reads the prompts, draws the first tokens."""
         self.model, self.temperature, self.length, device = model, temperature, length, model.device
         prompts, self.places = zip(*rows)
         self.n, self.visible = n, width = max(map(len, self.places)), max(map(len, prompts))

@@ -16,7 +16,7 @@ principle or a critique: the scores select the text that led to them. A run prin
     hinted             800         410         385           0           5
 
     python 02_rejective_ft.py                                    the embedded judge, on a CPU
-    python 02_rejective_ft.py --model google/gemma-3-1b-it --data train.jsonl --eval eval.jsonl
+    python 02_rejective_ft.py --model google/gemma-3-1b-it --data train.jsonl
     python 02_rejective_ft.py --model google/gemma-2-27b-it --quantize nf4 --lora-r 16 --lr 5e-5 ...
 
 Departures from the paper: the teacher is the model itself unless --teacher names another, and there
@@ -111,9 +111,8 @@ def completion_losses(model, examples: list[Example]) -> torch.Tensor:
     pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     ids = pad([torch.tensor(prompt + completion) for prompt, completion in examples])
     learn = pad([torch.tensor([False] * len(p) + [True] * len(c)) for p, c in examples])
-    ids, learn = ids.to(model.device), learn.to(model.device)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return -token_log_probs(model, hidden[:, :-1][learn[:, 1:]], ids[learn])
+    hidden = model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+    return -token_log_probs(model, hidden[:, :-1][learn[:, 1:]], ids[learn].to(model.device))
 
 
 @torch.no_grad()
@@ -198,9 +197,8 @@ def token_log_probs(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch
         return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
     size = max(1, LOGITS_AT_ONCE // config.vocab_size)
-    chunks = zip(hidden.split(size), targets.split(size))
     forget = partial(torch.utils.checkpoint.checkpoint, of_chunk, use_reentrant=False)
-    return torch.cat([forget(*chunk) for chunk in chunks])
+    return torch.cat([*map(forget, hidden.split(size), targets.split(size))])
 
 
 def set_trainable(model, args) -> None:
@@ -212,8 +210,7 @@ def set_trainable(model, args) -> None:
         kind = {"target_modules": "all-linear", "exclude_modules": sees}  # what sees stays as it is
         model.add_adapter(LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r, **kind))
     adapters = [p for name, p in model.named_parameters() if "lora_" in name]
-    packed = getattr(model, "is_quantized", False)
-    require(adapters or not packed, "--quantize needs --lora-r to learn")
+    require(adapters or not getattr(model, "is_quantized", False), "--quantize needs --lora-r")
     for parameter in adapters or model.float().parameters():
         parameter.requires_grad_(True)
 
@@ -572,17 +569,16 @@ def load_model(name: str, quantize: str = "none", dtype: str = "auto"):
     require(not report["missing_keys"], f"{name} lacks weights: {report['missing_keys']}")
     for module in model.modules():
         module.support_avx512bf16_for_cpu = False  # else 4 bits lose their gradient on some CPUs
-        drop = isinstance(module, torch.nn.Dropout)
-        for rate in [name for name in vars(module) if "dropout" in name or drop and name == "p"]:
+        for rate in [name for name in vars(module) if "dropout" in name or name == "p"]:
             setattr(module, rate, 0.0)  # the same weights give the same log-probabilities
     return model.eval(), tokenizer
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, temperature, args, seed=0) -> list[list[int]]:
-    """Draw a completion of every prompt, both token ids: up to an end token, at most
-    args.max_new_tokens; greedy at temperature 0; none if a prompt is too long for the model. Equal
-    prompts share rows of a batch. Ranks share the rows, and each gets all completions."""
+    """Draw a completion of every prompt, both token ids: up to an end token or args.max_new_tokens,
+    greedy at temperature 0, none if a prompt is too long for the model. Equal prompts share rows of
+    a batch. Ranks share the rows, and each gets all completions."""
     config, ends = model.config.get_text_config(), end_tokens(model.eval(), tokenizer)
     room = getattr(config, "max_position_embeddings", sys.maxsize)
     # longrope's frequencies depend on the longest prompt of a batch, beyond its original length
@@ -634,13 +630,12 @@ def block_inputs(model, tokens, keys) -> dict:
 
 
 class Batch:
-    """Prompts in flight, a row each, with up to n completions of every prompt. A row has the
-    prompt's columns, padded on the left, then n columns for each step, one for every completion
-    (see `block_inputs`): all share the prompt's keys and values. A step changes buffers in place
-    and waits for nothing: CUDA can record it as a graph, and launch it at once."""
+    """Prompts in flight, a row (prompt, places of its completions) each. It has the prompt's columns,
+    padded on the left, then for each step n columns, one for every completion (`block_inputs`): all
+    share the prompt's keys and values. A step changes buffers in place and waits for nothing: CUDA
+    can record it as a graph, and launch it at once. A new batch has drawn the first tokens."""
 
     def __init__(self, model, rows, temperature, length, ends):
-        """rows: (prompt, places of its completions). Reads the prompts, draws the first tokens."""
         self.model, self.temperature, self.length, device = model, temperature, length, model.device
         prompts, self.places = zip(*rows)
         self.n, self.visible = n, width = max(map(len, self.places)), max(map(len, prompts))

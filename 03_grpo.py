@@ -18,7 +18,7 @@ that of logp, and the loss's value is just beta KL: watch the reward. Nothing re
 the KL term keeps it. On the embedded judge the reward goes from about -0.1 to 0.15 in 40 steps.
 
     python 03_grpo.py                                            the judge after step 2, on a CPU
-    python 03_grpo.py --model google/gemma-3-1b-it --data train.jsonl --eval eval.jsonl --lr 2e-5
+    python 03_grpo.py --model google/gemma-3-1b-it --data train.jsonl --lr 2e-5
     torchrun --nproc-per-node 8 03_grpo.py --model google/gemma-2-27b-it --quantize nf4 ...
 
 Writes runs/03_grpo/: log.jsonl (a line a step), rollouts/, model/, results.json.
@@ -474,17 +474,16 @@ def load_model(name: str, quantize: str = "none", dtype: str = "auto"):
     require(not report["missing_keys"], f"{name} lacks weights: {report['missing_keys']}")
     for module in model.modules():
         module.support_avx512bf16_for_cpu = False  # else 4 bits lose their gradient on some CPUs
-        drop = isinstance(module, torch.nn.Dropout)
-        for rate in [name for name in vars(module) if "dropout" in name or drop and name == "p"]:
+        for rate in [name for name in vars(module) if "dropout" in name or name == "p"]:
             setattr(module, rate, 0.0)  # the same weights give the same log-probabilities
     return model.eval(), tokenizer
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, temperature, args, seed=0) -> list[list[int]]:
-    """Draw a completion of every prompt, both token ids: up to an end token, at most
-    args.max_new_tokens; greedy at temperature 0; none if a prompt is too long for the model. Equal
-    prompts share rows of a batch. Ranks share the rows, and each gets all completions."""
+    """Draw a completion of every prompt, both token ids: up to an end token or args.max_new_tokens,
+    greedy at temperature 0, none if a prompt is too long for the model. Equal prompts share rows of
+    a batch. Ranks share the rows, and each gets all completions."""
     config, ends = model.config.get_text_config(), end_tokens(model.eval(), tokenizer)
     room = getattr(config, "max_position_embeddings", sys.maxsize)
     # longrope's frequencies depend on the longest prompt of a batch, beyond its original length
@@ -536,13 +535,12 @@ def block_inputs(model, tokens, keys) -> dict:
 
 
 class Batch:
-    """Prompts in flight, a row each, with up to n completions of every prompt. A row has the
-    prompt's columns, padded on the left, then n columns for each step, one for every completion
-    (see `block_inputs`): all share the prompt's keys and values. A step changes buffers in place
-    and waits for nothing: CUDA can record it as a graph, and launch it at once."""
+    """Prompts in flight, a row (prompt, places of its completions) each. It has the prompt's columns,
+    padded on the left, then for each step n columns, one for every completion (`block_inputs`): all
+    share the prompt's keys and values. A step changes buffers in place and waits for nothing: CUDA
+    can record it as a graph, and launch it at once. A new batch has drawn the first tokens."""
 
     def __init__(self, model, rows, temperature, length, ends):
-        """rows: (prompt, places of its completions). Reads the prompts, draws the first tokens."""
         self.model, self.temperature, self.length, device = model, temperature, length, model.device
         prompts, self.places = zip(*rows)
         self.n, self.visible = n, width = max(map(len, self.places)), max(map(len, prompts))
@@ -639,9 +637,8 @@ def token_log_probs(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch
         return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
     size = max(1, LOGITS_AT_ONCE // config.vocab_size)
-    chunks = zip(hidden.split(size), targets.split(size))
     forget = partial(torch.utils.checkpoint.checkpoint, of_chunk, use_reentrant=False)
-    return torch.cat([forget(*chunk) for chunk in chunks])
+    return torch.cat([*map(forget, hidden.split(size), targets.split(size))])
 
 
 def set_trainable(model, args) -> None:
@@ -653,8 +650,7 @@ def set_trainable(model, args) -> None:
         kind = {"target_modules": "all-linear", "exclude_modules": sees}  # what sees stays as it is
         model.add_adapter(LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r, **kind))
     adapters = [p for name, p in model.named_parameters() if "lora_" in name]
-    packed = getattr(model, "is_quantized", False)
-    require(adapters or not packed, "--quantize needs --lora-r to learn")
+    require(adapters or not getattr(model, "is_quantized", False), "--quantize needs --lora-r")
     for parameter in adapters or model.float().parameters():
         parameter.requires_grad_(True)
 

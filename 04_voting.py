@@ -15,9 +15,8 @@ by the majority of choices (Eq. 13), which forgets how sure each sample was.
     python 04_voting.py --model google/gemma-3-4b-it --data eval.jsonl --limit 1000
     python 04_voting.py --model tests/tiny/judge --model runs/03_grpo/model     compare two judges
 
-Prints accuracy by k with standard errors, as means over many random subsets of k of the samples.
-Writes runs/04_voting/: samples_1.jsonl (of the first model; step 5 votes on them), ...,
-results.json. A sample that cannot be read adds nothing. tests/tools/plot.py draws the curves.
+Prints accuracy by k, as means over random subsets of the samples. Writes runs/04_voting/:
+samples_1.jsonl (of the first model), ..., results.json. tests/tools/plot.py draws the curves.
 """
 
 from __future__ import annotations
@@ -111,11 +110,9 @@ def scaling(samples: list[Judgement], total: int) -> dict[int, dict[str, torch.T
 
 def history(model: str) -> list[dict]:
     """The settings of the runs that made a model, the latest first."""
-    found, path = [], Path(model).parent / "settings.json"
-    while path.exists():
-        found.append(json.loads(path.read_text()))
-        path = Path(found[-1]["model"]).parent / "settings.json"
-    return found
+    path = Path(model).parent / "settings.json"
+    found = [json.loads(path.read_text())] if path.exists() else []
+    return found + [earlier for run in found for earlier in history(run["model"])]
 
 
 def print_table(title: str, rows: dict[str, dict], items: list[Judgement]) -> dict[str, dict]:
@@ -162,9 +159,10 @@ def main():
         samples = judge(model, tokenizer, asked, args.temperature, args, run, file)
         values[name] = scaling(samples, args.k)
         figures[name] = print_table(name, values[name], items)
-        unreadable = sum(one.scores is None for one in samples) / len(samples)
-        tokens = sum(one.tokens for one in samples) / len(samples)
-        print(f"{100 * unreadable:.1f} % unreadable, {tokens:.0f} tokens a sample")
+        lost, tokens = zip(*[(one.scores is None, one.tokens) for one in samples])
+        print(
+            f"{sum(lost) / len(lost):.1%} unreadable, {sum(tokens) / len(tokens):.0f} tokens each"
+        )
     for earlier, later in itertools.pairwise(args.model):
         title, gains = f"{later} minus {earlier}", {}
         for k, row in values[later].items():
@@ -462,17 +460,16 @@ def load_model(name: str, quantize: str = "none", dtype: str = "auto"):
     require(not report["missing_keys"], f"{name} lacks weights: {report['missing_keys']}")
     for module in model.modules():
         module.support_avx512bf16_for_cpu = False  # else 4 bits lose their gradient on some CPUs
-        drop = isinstance(module, torch.nn.Dropout)
-        for rate in [name for name in vars(module) if "dropout" in name or drop and name == "p"]:
+        for rate in [name for name in vars(module) if "dropout" in name or name == "p"]:
             setattr(module, rate, 0.0)  # the same weights give the same log-probabilities
     return model.eval(), tokenizer
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, temperature, args, seed=0) -> list[list[int]]:
-    """Draw a completion of every prompt, both token ids: up to an end token, at most
-    args.max_new_tokens; greedy at temperature 0; none if a prompt is too long for the model. Equal
-    prompts share rows of a batch. Ranks share the rows, and each gets all completions."""
+    """Draw a completion of every prompt, both token ids: up to an end token or args.max_new_tokens,
+    greedy at temperature 0, none if a prompt is too long for the model. Equal prompts share rows of
+    a batch. Ranks share the rows, and each gets all completions."""
     config, ends = model.config.get_text_config(), end_tokens(model.eval(), tokenizer)
     room = getattr(config, "max_position_embeddings", sys.maxsize)
     # longrope's frequencies depend on the longest prompt of a batch, beyond its original length
@@ -524,13 +521,12 @@ def block_inputs(model, tokens, keys) -> dict:
 
 
 class Batch:
-    """Prompts in flight, a row each, with up to n completions of every prompt. A row has the
-    prompt's columns, padded on the left, then n columns for each step, one for every completion
-    (see `block_inputs`): all share the prompt's keys and values. A step changes buffers in place
-    and waits for nothing: CUDA can record it as a graph, and launch it at once."""
+    """Prompts in flight, a row (prompt, places of its completions) each. It has the prompt's columns,
+    padded on the left, then for each step n columns, one for every completion (`block_inputs`): all
+    share the prompt's keys and values. A step changes buffers in place and waits for nothing: CUDA
+    can record it as a graph, and launch it at once. A new batch has drawn the first tokens."""
 
     def __init__(self, model, rows, temperature, length, ends):
-        """rows: (prompt, places of its completions). Reads the prompts, draws the first tokens."""
         self.model, self.temperature, self.length, device = model, temperature, length, model.device
         prompts, self.places = zip(*rows)
         self.n, self.visible = n, width = max(map(len, self.places)), max(map(len, prompts))

@@ -454,8 +454,7 @@ def load_model(name: str, quantize: str = "none", dtype: str = "auto"):
     require(not report["missing_keys"], f"{name} lacks weights: {report['missing_keys']}")
     for module in model.modules():
         module.support_avx512bf16_for_cpu = False  # else 4 bits lose their gradient on some CPUs
-        drop = isinstance(module, torch.nn.Dropout)
-        for rate in [name for name in vars(module) if "dropout" in name or drop and name == "p"]:
+        for rate in [name for name in vars(module) if "dropout" in name or name == "p"]:
             setattr(module, rate, 0.0)  # the same weights give the same log-probabilities
     return model.eval(), tokenizer
 
@@ -591,11 +590,9 @@ def powers(total: int) -> list[int]:
 
 def history(model: str) -> list[dict]:
     """The settings of the runs that made a model, the latest first."""
-    found, path = [], Path(model).parent / "settings.json"
-    while path.exists():
-        found.append(json.loads(path.read_text()))
-        path = Path(found[-1]["model"]).parent / "settings.json"
-    return found
+    path = Path(model).parent / "settings.json"
+    found = [json.loads(path.read_text())] if path.exists() else []
+    return found + [earlier for run in found for earlier in history(run["model"])]
 
 
 def print_table(title: str, rows: dict[str, dict], items: list[Judgement]) -> dict[str, dict]:
