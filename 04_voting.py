@@ -7,16 +7,15 @@ a judge may favour a place; put the scores back into the item's order, and add t
 
     S*_i = S_i1 + S_i2 + ... + S_ik              for response i, over the k samples         (Eq. 14)
 
-What the samples share adds up; what they get wrong in different ways cancels. A sum has 9k + 1
-values instead of 10, so that ties become rare. Judges of other kinds vote by the mean (Eq. 12) or
-by the majority of choices (Eq. 13), which forgets how sure each sample was.
+What the samples share adds up, different errors cancel. A sum has 9k + 1 values instead of 10, so
+that ties become rare. Judges of other kinds vote by the mean (Eq. 12) or by the majority of choices
+(Eq. 13), which forgets how sure each sample was.
 
     python 04_voting.py                                          the latest judge in runs/, on a CPU
-    python 04_voting.py --model google/gemma-3-4b-it --data eval.jsonl --limit 1000
     python 04_voting.py --model tests/tiny/judge --model runs/03_grpo/model     compare two judges
 
 Prints accuracy by k, as means over random subsets of the samples. Writes runs/04_voting/:
-samples_1.jsonl (of the first model), ..., results.json. tests/tools/plot.py draws the curves.
+samples_1.jsonl, ..., results.json. tests/tools/plot.py draws the curves.
 """
 
 from __future__ import annotations
@@ -69,9 +68,9 @@ def vote_majority(scores: torch.Tensor) -> torch.Tensor:
 
 
 def subsets(values: torch.Tensor, k: int, rounds: int = 100):
-    """Random subsets of k of each item's samples. Of values (items, samples, ...) it yields those of
-    a round, (items, samples // k, k, ...), again and again. A round's subsets share no sample; so
-    for k = 1 and all samples one round is exact. Values of other kinds are drawn alike."""
+    """Random subsets of k of each item's samples: of values (items, samples, ...) those of a round,
+    (items, samples // k, k, ...), again and again. In a round they share no sample, so for k = 1
+    and all samples one round is exact. Other values are drawn alike."""
     (items, total), generator = values.shape[:2], torch.Generator().manual_seed(0)
     for _ in range(1 if k in (1, total) else rounds):
         order = torch.rand(items, total, generator=generator).argsort(-1)
@@ -131,7 +130,7 @@ def main():
     option = parser.add_argument
     trained = [Path(f"runs/{name}/model") for name in ("02_rejective_ft", "03_grpo")]
     latest = [TINY / "judge", *(path for path in trained if path.exists())][-1]
-    option("--model", action="append", help="as in step 1; repeat it to compare several")
+    option("--model", action="append", help="as in step 1; repeat it to compare")
     option("--quantize", choices=BITS, default="none", help="weights in 8 or 4 bits")
     option("--dtype", choices=DTYPES, default="auto", help="of the weights")
     option("--data", default=str(TINY / "eval.jsonl"), help="preferences to judge")
@@ -140,7 +139,7 @@ def main():
     option("--temperature", type=float, default=0.5, help="of the samples")
     option("--shots", action="store_true", help="a worked example first, for base models")
     option("--max-new-tokens", type=int, default=512, help="longest judgement, in tokens")
-    option("--seed", type=int, default=0, help="of the orders and the samples")
+    option("--seed", type=int, default=0, help="of orders and samples")
     option("--resume", action="store_true", help="go on with the run in --out")
     option("--out", default="runs/04_voting", help="folder of the run")
     args = parser.parse_args()
@@ -150,7 +149,7 @@ def main():
     runs = sum(map(history, args.model), [])
     learnt = {str(item.query) for of in runs for item in read_lines(of["data"])[: of["limit"]]}
     items = [item for item in many if str(item.query) not in learnt]
-    print(f"{len(items)} items, and {len(many) - len(items)} left out: a model learnt from them")
+    print(f"{len(items)} items; {len(many) - len(items)} left out: a model learnt from them")
     require(items and args.k > 0, "nothing to judge, or --k below 1")
     run, values, figures = Run(args), {}, {}
     for number, name in enumerate(args.model, 1):
@@ -175,7 +174,7 @@ def main():
 
 
 class UserError(Exception):
-    """Something that the user can put right. The end of the file prints it as one line."""
+    """What the user can put right: it is told in one line."""
 
 
 def require(condition, message: str) -> None:
@@ -185,18 +184,18 @@ def require(condition, message: str) -> None:
 
 @dataclass
 class Judgement:
-    """An item of the data: a query, its n >= 1 responses and their true rewards. Then also what the
-    judge was shown of an item, what it wrote, and what we read in it. UserError if malformed."""
+    """An item of the data: a query, its n >= 1 responses and their true rewards. Later also what
+    the judge was shown, what it wrote, what we read in it. Raises UserError if malformed."""
 
-    query: str | list[dict]  # the user's text, or turns {"role", "content"}; the last is the user's
+    query: str | list[dict]  # text, or turns {"role", "content"}, the last the user's
     responses: list[str]
     rewards: list[float]  # one a response, with one maximum; a single response has 1 (right) or 0
     subset: str = ""
     reference: str | None = None  # an answer to judge against (E.1.3)
     item: int = 0  # the item's number in the data
     order: list[int] = field(default_factory=list)  # responses[i] is the item's response order[i]
-    binary: bool = False  # the score of a single response is 0 or 1, as in training
-    hint: str = ""  # a last line of the prompt that gives the truth away (section 3.2)
+    binary: bool = False  # a single response is scored 0 or 1, as in training
+    hint: str = ""  # a last line that gives the truth away (section 3.2)
     principles: bool = True  # whether they are asked for (Table 4)
     output: str = ""
     tokens: int = 0
@@ -247,7 +246,7 @@ MARKER = re.compile(r"\[(?=\s*(conversation|reference|response)[^\[\]]*(begins|e
 def build_prompt(one: Judgement, form: bool = True) -> str:
     """The judge's prompt. form: whether it ends with the form of the answer."""
 
-    def block(name: str, text: str) -> str:  # untrusted text, which cannot end its block
+    def block(name: str, text: str) -> str:  # untrusted: cannot end its block
         text = MARKER.sub("(", text).replace("\\boxed", "\\ boxed")  # nor bring a box of its own
         return f"[{name} begins]\n{text}\n[{name} ends]\n"
 
@@ -322,9 +321,8 @@ DECORATION = re.compile(r"\\(?:text|mathbf|[,;: ])|[{}$*`\s]")
 
 
 def read_scores(text: str, n: int, binary: bool = False) -> tuple[list[int] | None, str]:
-    """extract(C) of Eq. 7: n whole numbers in 1..10 (0..1 if binary), or None and the reason. The
-    verdict is the first box after the last line that begins with "Scores:", not one that is quoted
-    before it, noted after it, or only thought (<think>)."""
+    """extract(C) of Eq. 7: n whole numbers in 1..10 (0..1 if binary), or None and the reason: the
+    first box after the last line that begins with "Scores:", unless it is thought (<think>)."""
     text = text.rpartition("</think>")[2]
     labels = [*LABEL.finditer("" if text.lstrip().startswith("<think>") else text)]
     box = BOX.search(text, labels[-1].end()) if labels else None
@@ -365,8 +363,8 @@ def read_into(one: Judgement, ids: list[int], tokenizer, args) -> Judgement:
 
 
 def judge(model, tokenizer, asked, temperature, args, run, name) -> list[Judgement]:
-    """Let the model judge what is asked. The run's file `name` grows by CHUNK judgements at a time,
-    after those that it holds already. Returns all of them, in order."""
+    """Judge what is asked. The run's file `name` grows by CHUNK judgements at a time, after those
+    that it holds already. Returns all, in order."""
     path = run.folder / name
     done = read_lines(path) if path.exists() else []
     for first in range(len(done), len(asked), CHUNK):
@@ -385,9 +383,9 @@ BITS, DTYPES = ["none", "int8", "nf4"], ["auto", "float32", "bfloat16"]
 # `torchrun --nproc-per-node N` starts N processes, a GPU each. Alone we are rank 0 of 1.
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 CHUNK = 1024  # judgements that a kill may cost
-BATCH = 1024 if torch.cuda.is_available() else 256  # completions at once; fewer where memory ends
+BATCH = 1024 if torch.cuda.is_available() else 256  # completions at once
 GROUP = 16  # completions in a row: each is multiplied with the columns of all of them
-progress = partial(tqdm, delay=10, mininterval=1, disable=RANK > 0)  # of what takes ten seconds
+progress = partial(tqdm, delay=10, mininterval=1, disable=RANK > 0)
 
 
 class Run:
@@ -426,7 +424,7 @@ class Run:
             os.replace(path.with_suffix(".part"), path)
 
     def finish(self, results: dict) -> None:
-        """Write results.json: the results, settings, version, date and seconds."""
+        """Write results.json, with settings, version, date and seconds."""
         results |= {"settings": self.settings, "seconds": round(time.time() - self.start)}
         results |= {"date": time.strftime("%Y-%m-%d"), "transformers": transformers.__version__}
         results = json.loads(json.dumps(results).replace("NaN", "null"))  # JSON has no NaN
@@ -452,9 +450,9 @@ def load_model(name: str, quantize: str = "none", dtype: str = "auto"):
         model, report = transformers.AutoModelForCausalLM.from_pretrained(name, **how)
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        except ValueError:  # an adapter may have none of its own
+        except ValueError:  # an adapter may have none
             tokenizer = transformers.AutoTokenizer.from_pretrained(model.config.name_or_path)
-        end_tokens(model, tokenizer)  # a chat template may be broken
+        end_tokens(model, tokenizer)  # a template may be broken
     except Exception as error:  # strangers' files fail in many ways
         raise UserError(f"cannot load the model {name}: {str(error).splitlines()[0]}") from None
     require(not report["missing_keys"], f"{name} lacks weights: {report['missing_keys']}")
@@ -468,11 +466,11 @@ def load_model(name: str, quantize: str = "none", dtype: str = "auto"):
 @torch.no_grad()
 def sample(model, tokenizer, prompts, temperature, args, seed=0) -> list[list[int]]:
     """Draw a completion of every prompt, both token ids: up to an end token or args.max_new_tokens,
-    greedy at temperature 0, none if a prompt is too long for the model. Equal prompts share rows of
-    a batch. Ranks share the rows, and each gets all completions."""
+    greedy at temperature 0, none if a prompt is too long. Equal prompts share rows of a batch.
+    Ranks share the rows, and each gets all completions."""
     config, ends = model.config.get_text_config(), end_tokens(model.eval(), tokenizer)
     room = getattr(config, "max_position_embeddings", sys.maxsize)
-    # longrope's frequencies depend on the longest prompt of a batch, beyond its original length
+    # longrope's frequencies depend on the longest prompt, beyond its original length
     room = (getattr(config, "original_max_position_embeddings", 0) or room) - args.max_new_tokens
     places, rows, size, drawn = defaultdict(list), [], BATCH, {}  # of equal prompts; place: ids
     for place, prompt in enumerate(prompts):
@@ -502,12 +500,12 @@ def sample(model, tokenizer, prompts, temperature, args, seed=0) -> list[list[in
 
 def block_inputs(model, tokens, keys) -> dict:
     """A model's inputs for rows that hold a prompt (member 0) and completions of it (1, 2, ...).
-    `tokens` (3, rows, columns) and `keys` (3, rows, more columns) are ids, members and positions. The
+    `tokens` (3, rows, columns) and `keys` (3, rows, more columns) are ids, members, positions. The
     mask (rows, 1, columns, more columns) is added to attention's logits: 0, or the lowest number.
-    If layers are of two kinds it is a dict, and sliding ones do not see beyond their window."""
-    # token       .  p  q  r  a  d  b  e     a prompt p q r, padded, and completions a b and d e
-    # member     -1  0  0  0  1  2  1  2     b sees p q r a b, and e sees p q r d e: all of the
-    # position    0  0  1  2  3  3  4  4     prompt or the same member at positions up to its own
+    It is a dict if layers are of two kinds: sliding ones do not see beyond their window."""
+    # token       .  p  q  r  a  d  b  e     prompt p q r, completions a b and d e:
+    # member     -1  0  0  0  1  2  1  2     e sees p q r d e: of the prompt or its
+    # position    0  0  1  2  3  3  4  4     member, at positions up to its own
     (ids, member, position), (_, key_member, key_position) = tokens, keys[:, :, None, None]
     distance = position[:, None, :, None] - key_position
     hidden = (distance < 0) | (key_member != 0) & (key_member != member[:, None, :, None])
@@ -521,8 +519,8 @@ def block_inputs(model, tokens, keys) -> dict:
 
 
 class Batch:
-    """Prompts in flight, a row (prompt, places of its completions) each. It has the prompt's columns,
-    padded on the left, then for each step n columns, one for every completion (`block_inputs`): all
+    """Prompts in flight, a row (prompt, places of its completions) each. It has the prompt's
+    columns, padded on the left, then n for each step, one a completion (see `block_inputs`): all
     share the prompt's keys and values. A step changes buffers in place and waits for nothing: CUDA
     can record it as a graph, and launch it at once. A new batch has drawn the first tokens."""
 
@@ -537,19 +535,19 @@ class Batch:
         position = (width - padding + torch.where(after < 0, after, after // n)).clamp(min=0)
         member = torch.where(after < 0, 0, after % n + 1).where(column >= padding, -1)
         self.tokens = torch.stack([torch.tensor(ids, device=device), member, position])
-        layer = partial(transformers.StaticLayer, width)  # one for each layer that is used
+        layer = partial(transformers.StaticLayer, width)
         self.cache = transformers.Cache(layer_class_to_replicate=layer)
         self.ends = torch.tensor(ends, device=device)
-        self.last = column[width : width + n] - n  # columns of the tokens that were drawn last
+        self.last = column[width : width + n] - n  # columns of what was drawn last
         self.advance(column[:width], 1)
 
     def advance(self, columns, wanted: int):
-        """Read the tokens at `columns` (new,), then draw the next one of every completion. Returns
-        the logits (rows, wanted, vocabulary) after the last `wanted` of them."""
+        """Read the tokens at `columns` (new,), draw the next one of every completion. Returns the
+        logits (rows, wanted, vocabulary) after the last `wanted`."""
         tokens, keys = self.tokens[..., columns], self.tokens[..., : self.visible]
         more = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": wanted}
         logits = self.model(**block_inputs(self.model, tokens, keys), **more).logits
-        # the argmax of logits / T + Gumbel noise is a sample of softmax(logits / T)
+        # argmax(logits / T + Gumbel noise) is a sample of softmax(logits / T)
         noise = logits.new_empty(len(logits), self.n, logits.shape[-1], dtype=torch.float32)
         noise.exponential_().log_()
         self.last += self.n
@@ -604,7 +602,7 @@ def start(main) -> None:
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted: the same command with --resume goes on")
+        sys.exit("\ninterrupted: --resume goes on")
 
 
 def ballots(items: list[Judgement], k: int, seed: str) -> list[Judgement]:

@@ -117,8 +117,8 @@ def trust(model, tokenizer, judgements: list[Judgement]) -> list[float]:
 
 
 def vote_guided(scores, rewards, k_meta: int) -> torch.Tensor:
-    """Votes (items, subsets, responses) of the k_meta most trusted samples of each subset, by scores
-    (items, subsets, k, responses) and meta rewards (items, subsets, k)."""
+    """Votes (items, subsets, responses) of the k_meta most trusted samples of each subset: scores
+    (items, subsets, k, responses), meta rewards (items, subsets, k)."""
     return vote_sum(scores.take_along_dim(rewards.topk(k_meta).indices[..., None], -2))
 
 
@@ -244,7 +244,7 @@ def main():
 
 
 class UserError(Exception):
-    """Something that the user can put right. The end of the file prints it as one line."""
+    """What the user can put right: it is told in one line."""
 
 
 def require(condition, message: str) -> None:
@@ -254,18 +254,18 @@ def require(condition, message: str) -> None:
 
 @dataclass
 class Judgement:
-    """An item of the data: a query, its n >= 1 responses and their true rewards. Then also what the
-    judge was shown of an item, what it wrote, and what we read in it. UserError if malformed."""
+    """An item of the data: a query, its n >= 1 responses and their true rewards. Later also what
+    the judge was shown, what it wrote, what we read in it. Raises UserError if malformed."""
 
-    query: str | list[dict]  # the user's text, or turns {"role", "content"}; the last is the user's
+    query: str | list[dict]  # text, or turns {"role", "content"}, the last the user's
     responses: list[str]
     rewards: list[float]  # one a response, with one maximum; a single response has 1 (right) or 0
     subset: str = ""
     reference: str | None = None  # an answer to judge against (E.1.3)
     item: int = 0  # the item's number in the data
     order: list[int] = field(default_factory=list)  # responses[i] is the item's response order[i]
-    binary: bool = False  # the score of a single response is 0 or 1, as in training
-    hint: str = ""  # a last line of the prompt that gives the truth away (section 3.2)
+    binary: bool = False  # a single response is scored 0 or 1, as in training
+    hint: str = ""  # a last line that gives the truth away (section 3.2)
     principles: bool = True  # whether they are asked for (Table 4)
     output: str = ""
     tokens: int = 0
@@ -310,7 +310,7 @@ MARKER = re.compile(r"\[(?=\s*(conversation|reference|response)[^\[\]]*(begins|e
 def build_prompt(one: Judgement, form: bool = True) -> str:
     """The judge's prompt. form: whether it ends with the form of the answer."""
 
-    def block(name: str, text: str) -> str:  # untrusted text, which cannot end its block
+    def block(name: str, text: str) -> str:  # untrusted: cannot end its block
         text = MARKER.sub("(", text).replace("\\boxed", "\\ boxed")  # nor bring a box of its own
         return f"[{name} begins]\n{text}\n[{name} ends]\n"
 
@@ -381,7 +381,7 @@ BITS, DTYPES = ["none", "int8", "nf4"], ["auto", "float32", "bfloat16"]
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-progress = partial(tqdm, delay=10, mininterval=1, disable=RANK > 0)  # of what takes ten seconds
+progress = partial(tqdm, delay=10, mininterval=1, disable=RANK > 0)
 
 
 class Run:
@@ -420,7 +420,7 @@ class Run:
             os.replace(path.with_suffix(".part"), path)
 
     def finish(self, results: dict) -> None:
-        """Write results.json: the results, settings, version, date and seconds."""
+        """Write results.json, with settings, version, date and seconds."""
         results |= {"settings": self.settings, "seconds": round(time.time() - self.start)}
         results |= {"date": time.strftime("%Y-%m-%d"), "transformers": transformers.__version__}
         results = json.loads(json.dumps(results).replace("NaN", "null"))  # JSON has no NaN
@@ -446,9 +446,9 @@ def load_model(name: str, quantize: str = "none", dtype: str = "auto"):
         model, report = transformers.AutoModelForCausalLM.from_pretrained(name, **how)
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        except ValueError:  # an adapter may have none of its own
+        except ValueError:  # an adapter may have none
             tokenizer = transformers.AutoTokenizer.from_pretrained(model.config.name_or_path)
-        end_tokens(model, tokenizer)  # a chat template may be broken
+        end_tokens(model, tokenizer)  # a template may be broken
     except Exception as error:  # strangers' files fail in many ways
         raise UserError(f"cannot load the model {name}: {str(error).splitlines()[0]}") from None
     require(not report["missing_keys"], f"{name} lacks weights: {report['missing_keys']}")
@@ -468,7 +468,7 @@ def start(main) -> None:
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted: the same command with --resume goes on")
+        sys.exit("\ninterrupted: --resume goes on")
 
 
 Example = namedtuple("Example", "prompt completion")  # token ids; the completion is learnt
@@ -493,7 +493,7 @@ def micro_batches(examples: list):
 
 
 def train(model, tokenizer, steps: int, gradients, args, run: Run) -> list[dict]:
-    """AdamW, clipped to norm 1; the learning rate rises linearly in a tenth of the steps, then falls
+    """AdamW, clipped to norm 1; the learning rate rises linearly in a tenth of the steps and falls
     along a cosine to a tenth of its peak. gradients(first) yields step after step, from the first
     on: each time it has left this rank's gradients, and says what to log. Goes on from the run's
     checkpoint; saves all weights, or the adapters in PEFT's format, in model/. Returns the log."""
@@ -564,9 +564,9 @@ def vote_sum(scores: torch.Tensor) -> torch.Tensor:
 
 
 def subsets(values: torch.Tensor, k: int, rounds: int = 100):
-    """Random subsets of k of each item's samples. Of values (items, samples, ...) it yields those of
-    a round, (items, samples // k, k, ...), again and again. A round's subsets share no sample; so
-    for k = 1 and all samples one round is exact. Values of other kinds are drawn alike."""
+    """Random subsets of k of each item's samples: of values (items, samples, ...) those of a round,
+    (items, samples // k, k, ...), again and again. In a round they share no sample, so for k = 1
+    and all samples one round is exact. Other values are drawn alike."""
     (items, total), generator = values.shape[:2], torch.Generator().manual_seed(0)
     for _ in range(1 if k in (1, total) else rounds):
         order = torch.rand(items, total, generator=generator).argsort(-1)
