@@ -1,21 +1,19 @@
 """Step 4: inference-time scaling by voting: ask the same judge k times and add up its scores.
 
-A judgement rests on the principles that it happened to write, and its scores have ten values: they
-often tie. Another sample looks at other things and errs elsewhere. So (SPCT, arXiv 2504.02495,
-section 4) draw k judgements at temperature 0.5, each with the responses in an order of its own, for
-a judge may favour a place; put the scores back into the item's order, and add them up:
+A judgement rests on the principles that it happened to write, and its scores often tie. Another
+sample looks at other things and errs elsewhere. So (SPCT, arXiv 2504.02495, section 4) draw k
+judgements at temperature 0.5. Each shows the responses in another order, because a judge may favour
+a place. Put the scores back into the item's order, and add them up:
 
     S*_i = S_i1 + S_i2 + ... + S_ik              for response i, over the k samples         (Eq. 14)
 
-What the samples share adds up, different errors cancel. A sum has 9k + 1 values instead of 10, so
-that ties become rare. Judges of other kinds vote by the mean (Eq. 12) or by the majority of choices
-(Eq. 13), which forgets how sure each sample was.
+What the samples share adds up, different errors cancel. A sum has 9k + 1 values, so ties become
+rare. Others vote by the mean (Eq. 12) or by the majority of choices (Eq. 13).
 
-    python 04_voting.py                                          the latest judge in runs/, on a CPU
-    python 04_voting.py --model tests/tiny/judge --model runs/03_grpo/model     compare two judges
+    python 04_voting.py                                         the latest judge in runs/, on CPU
+    python 04_voting.py --model tests/tiny/judge --model runs/03_grpo/model
 
-Prints accuracy by k, as means over random subsets of the samples. Writes runs/04_voting/:
-samples_1.jsonl, ..., results.json. tests/tools/plot.py draws the curves.
+Prints accuracy by k, as means over subsets. Writes runs/04_voting/: samples_1.jsonl, ...
 """
 
 from __future__ import annotations
@@ -41,8 +39,8 @@ from tqdm import tqdm
 
 
 def score_tensor(judgements: list[Judgement], k: int) -> torch.Tensor:
-    """The scores (items, k, responses) of k judgements an item, put back into the item's order.
-    nan: the judgement cannot be read. -inf: the item has no such response."""
+    """The scores (items, k, responses) of k judgements an item, in the item's order. nan: cannot be
+    read. -inf: the item has no such response."""
     width, rows = max(len(one.order) for one in judgements), []
     for one in judgements:
         scores = dict(zip(one.order, one.scores or [math.nan] * len(one.order)))
@@ -56,21 +54,21 @@ def vote_sum(scores: torch.Tensor) -> torch.Tensor:
 
 
 def vote_mean(scores: torch.Tensor) -> torch.Tensor:
-    """The mean over the samples that can be read (Eq. 12). It chooses as the sum does."""
+    """The mean over the readable samples (Eq. 12). It chooses as the sum does."""
     return scores.nanmean(-2).nan_to_num(0.0, neginf=-math.inf)
 
 
 def vote_majority(scores: torch.Tensor) -> torch.Tensor:
-    """How many samples choose each response (Eq. 13). A sample with a tie splits its vote."""
-    best = scores == scores.amax(-1, keepdim=True)  # nowhere, if it cannot be read
+    """How many samples choose each response (Eq. 13). Ties split the vote."""
+    best = scores == scores.amax(-1, keepdim=True)  # nowhere if unreadable
     votes = (best.double() / best.sum(-1, keepdim=True).clamp(min=1)).sum(-2).round(decimals=9)
     return torch.where((scores == -math.inf).any(-2), -math.inf, votes)
 
 
 def subsets(values: torch.Tensor, k: int, rounds: int = 100):
-    """Random subsets of k of each item's samples: of values (items, samples, ...) those of a round,
-    (items, samples // k, k, ...), again and again. In a round they share no sample, so for k = 1
-    and all samples one round is exact. Other values are drawn alike."""
+    """Random subsets of k of each item's samples, of values (items, samples, ...): a round yields
+    (items, samples // k, k, ...). Its subsets share no sample: for k = 1 and k = samples one round
+    is exact. Other values are drawn alike."""
     (items, total), generator = values.shape[:2], torch.Generator().manual_seed(0)
     for _ in range(1 if k in (1, total) else rounds):
         order = torch.rand(items, total, generator=generator).argsort(-1)
@@ -79,8 +77,8 @@ def subsets(values: torch.Tensor, k: int, rounds: int = 100):
 
 
 def right_and_tied(votes: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
-    """What votes (items, subsets, responses) are worth if response best (items,) is the best, as
-    means over the subsets: (3, items). Accuracy (a tie is a coin toss), strict (Eq. 10), ties."""
+    """Accuracy (a tie is a coin toss), strict (Eq. 10), ties of votes (items, subsets, responses):
+    means over the subsets, (3, items). best (items,): the best response."""
     top = votes == votes.amax(-1, keepdim=True)
     count, place = top.sum(-1), best[:, None, None].expand(-1, votes.shape[1], 1)
     right = top.gather(-1, place)[..., 0]
@@ -93,7 +91,7 @@ def powers(total: int) -> list[int]:
 
 
 def scaling(samples: list[Judgement], total: int) -> dict[int, dict[str, torch.Tensor]]:
-    """What `total` samples an item are worth by k: {k: {name: values (items,)}}."""
+    """What the samples are worth by k: {k: {name: values (items,)}}."""
     scores, values = score_tensor(samples, total), {}
     best = [one.order[one.rewards.index(max(one.rewards))] for one in samples[::total]]
     best = torch.tensor(best)
@@ -115,7 +113,7 @@ def history(model: str) -> list[dict]:
 
 
 def print_table(title: str, rows: dict[str, dict], items: list[Judgement]) -> dict[str, dict]:
-    """Print and return the means of values (items,), {row: {column: values}}, with their errors."""
+    """Print and return the means and errors of values (items,), {row: {column: values}}."""
     print(f"\n{title}, %\n{'':<12}" + "".join(f"{name:>17}" for name in next(iter(rows.values()))))
     figures = {}
     for name, row in rows.items():
@@ -130,16 +128,16 @@ def main():
     option = parser.add_argument
     trained = [Path(f"runs/{name}/model") for name in ("02_rejective_ft", "03_grpo")]
     latest = [TINY / "judge", *(path for path in trained if path.exists())][-1]
-    option("--model", action="append", help="as in step 1; repeat it to compare")
+    option("--model", action="append", help="repeat it to compare")
     option("--quantize", choices=BITS, default="none", help="weights in 8 or 4 bits")
     option("--dtype", choices=DTYPES, default="auto", help="of the weights")
     option("--data", default=str(TINY / "eval.jsonl"), help="preferences to judge")
-    option("--limit", type=int, default=300, help="use the first so many items")
+    option("--limit", type=int, default=300, help="use the first N items")
     option("--k", type=int, default=32, help="samples of every item")
     option("--temperature", type=float, default=0.5, help="of the samples")
     option("--shots", action="store_true", help="a worked example first, for base models")
     option("--max-new-tokens", type=int, default=512, help="longest judgement, in tokens")
-    option("--seed", type=int, default=0, help="of orders and samples")
+    option("--seed", type=int, default=0, help="of the samples")
     option("--resume", action="store_true", help="go on with the run in --out")
     option("--out", default="runs/04_voting", help="folder of the run")
     args = parser.parse_args()
@@ -149,19 +147,18 @@ def main():
     runs = sum(map(history, args.model), [])
     learnt = {str(item.query) for of in runs for item in read_lines(of["data"])[: of["limit"]]}
     items = [item for item in many if str(item.query) not in learnt]
-    print(f"{len(items)} items; {len(many) - len(items)} left out: a model learnt from them")
+    print(f"{len(items)} items; left out: {len(many) - len(items)} that a model learnt from")
     require(items and args.k > 0, "nothing to judge, or --k below 1")
-    run, values, figures = Run(args), {}, {}
+    run, values, figures = None, {}, {}
     for number, name in enumerate(args.model, 1):
         model, tokenizer = load_model(name, args.quantize, args.dtype)
+        run = run or Run(args)  # a wrong name has moved no earlier run
         asked, file = ballots(items, args.k, f"{args.seed} vote"), f"samples_{number}.jsonl"
         samples = judge(model, tokenizer, asked, args.temperature, args, run, file)
         values[name] = scaling(samples, args.k)
         figures[name] = print_table(name, values[name], items)
         lost, tokens = zip(*[(one.scores is None, one.tokens) for one in samples])
-        print(
-            f"{sum(lost) / len(lost):.1%} unreadable, {sum(tokens) / len(tokens):.0f} tokens each"
-        )
+        print(f"unreadable {sum(lost) / len(lost):.1%}; {sum(tokens) / len(tokens):.0f} tokens")
     for earlier, later in itertools.pairwise(args.model):
         title, gains = f"{later} minus {earlier}", {}
         for k, row in values[later].items():
@@ -230,16 +227,15 @@ def read_lines(path: str | Path) -> list[Judgement]:
     return records
 
 
-# The parts of the prompt, in their order. They are all that a model knows about being a judge.
+# The parts of the prompt, in their order: all that a model knows about judging.
 TASK = "Judge each response to the conversation. Write the specific criteria that matter here with "
 TASK += "their weights, analyse every response against them, then score it."
 CRITIQUE_TASK = "Judge each response to the conversation. Analyse every response, then score it."
 SCALE = "Scores run from 1 (fails altogether) through 6 (meets some criteria) to 10 (meets all "
 SCALE += "criteria)."
 BINARY = "The score is 1 if the response is correct and 0 if it is not."
-GENERAL = """ Be strict; analyse before you score.
-General criteria: following instructions, usefulness, detail, relevance.
-"""
+GENERAL = " Be strict; analyse before you score.\n"
+GENERAL += "General criteria: following instructions, usefulness, detail, relevance.\n"
 MARKER = re.compile(r"\[(?=\s*(conversation|reference|response)[^\[\]]*(begins|ends)\s*\])", re.I)
 
 
@@ -268,7 +264,7 @@ SHOT = Judgement("Name three colours of the rainbow.", ["Red, brown.", "Red, gre
 SHOT.output = """Specific Criteria: all are in the rainbow (weight 3); there are three (weight 2).
 Analysis: Response 1 names two, one of them wrong. Response 2 names three, all of them right.
 Scores: \\boxed{1, 10}"""
-CRITIQUE_START = "Analysis: Response 1"  # leads a judge past principles that it has learnt to write
+CRITIQUE_START = "Analysis: Response 1"  # past principles that it has learnt
 
 
 def encode(tokenizer, one: Judgement, shots: bool = False) -> list[int]:
@@ -337,7 +333,7 @@ def read_scores(text: str, n: int, binary: bool = False) -> tuple[list[int] | No
 def is_correct(scores: list[float] | None, rewards: list[float]) -> bool:
     """Eq. 10: S_j > S_i for all i != j = argmax r; of a single response S_1 = r_1. None: False."""
     if scores is None or len(rewards) == 1:
-        return scores == rewards
+        return scores == rewards  # None equals no list
     best = scores[rewards.index(max(rewards))]
     return best == max(scores) and scores.count(best) == 1
 
@@ -353,11 +349,11 @@ def mean_and_se(values: list[float], items: list[Judgement]) -> dict:
 
 def read_into(one: Judgement, ids: list[int], tokenizer, args) -> Judgement:
     """Write down what the judge wrote (token ids): output, tokens, scores, correct, reason."""
-    text = tokenizer.decode(ids, skip_special_tokens=True).partition(TASK)[0]
-    one.output, one.tokens = (CRITIQUE_START, "")[one.principles] + text, len(ids)
+    text = tokenizer.decode(ids, skip_special_tokens=True).partition(TASK)[0]  # no next prompt
+    one.output, one.tokens = ("" if one.principles else CRITIQUE_START) + text, len(ids)
     one.scores, one.reason = read_scores(one.output, len(one.responses), one.binary)
     one.correct = is_correct(one.scores, one.rewards)
-    if one.scores is None and len(ids) in (0, args.max_new_tokens):
+    if one.scores is None and len(ids) in (0, args.max_new_tokens):  # 0: no room
         one.reason += f" (cut off at {len(ids)} tokens)"
     return one
 
@@ -390,7 +386,7 @@ progress = partial(tqdm, delay=10, mininterval=1, disable=RANK > 0)
 
 class Run:
     """The folder of a run. A new run moves what the folder holds to NAME.1, NAME.2, ...; --resume
-    goes on with it. Ranks meet here, and rank 0 alone writes. Raises UserError, BlockingIOError."""
+    goes on with it. Ranks meet here, and rank 0 alone writes. Raises UserError."""
 
     def __init__(self, args):
         self.folder, self.start, self.settings = Path(args.out), time.time(), dict(vars(args))
@@ -438,10 +434,12 @@ def load_model(name: str, quantize: str = "none", dtype: str = "auto"):
     is bfloat16 on a GPU that has it, else float32. No remote code. Raises UserError."""
     device = int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"
     native = dtype == "bfloat16" or (device != "cpu" and torch.cuda.get_device_capability()[0] >= 8)
+    if device != "cpu":
+        torch.cuda.set_device(device)  # graphs and ranks' messages use it
     kind = torch.bfloat16 if native and dtype != "float32" else torch.float32
     require(not Path(name, "model").is_dir(), f"{name} is a run: give its model, {name}/model")
     how = dict(dtype=kind, device_map={"": device}, use_safetensors=True, output_loading_info=True)
-    if quantize != "none":  # given, it would hide how a checkpoint is quantized already
+    if quantize != "none":  # else as the checkpoint is
         bits = {f"load_in_{4 if quantize == 'nf4' else 8}bit": True, "bnb_4bit_quant_type": "nf4"}
         bits |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": kind}
         how["quantization_config"] = transformers.BitsAndBytesConfig(**bits)
@@ -459,16 +457,16 @@ def load_model(name: str, quantize: str = "none", dtype: str = "auto"):
     for module in model.modules():
         module.support_avx512bf16_for_cpu = False  # else 4 bits lose their gradient on some CPUs
         for rate in [name for name in vars(module) if "dropout" in name or name == "p"]:
-            setattr(module, rate, 0.0)  # the same weights give the same log-probabilities
+            setattr(module, rate, 0.0)  # the same log-probabilities again
     return model.eval(), tokenizer
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompts, temperature, args, seed=0) -> list[list[int]]:
-    """Draw a completion of every prompt, both token ids: up to an end token or args.max_new_tokens,
-    greedy at temperature 0, none if a prompt is too long. Equal prompts share rows of a batch.
-    Ranks share the rows, and each gets all completions."""
-    config, ends = model.config.get_text_config(), end_tokens(model.eval(), tokenizer)
+    """Complete every prompt, token ids in and out, up to an end token or args.max_new_tokens.
+    Temperature 0 is greedy. A prompt that is too long gets []. Equal prompts share rows of a batch.
+    Each rank draws some rows and returns all completions."""
+    config, ends = model.eval().config.get_text_config(), end_tokens(model, tokenizer)
     room = getattr(config, "max_position_embeddings", sys.maxsize)
     # longrope's frequencies depend on the longest prompt, beyond its original length
     room = (getattr(config, "original_max_position_embeddings", 0) or room) - args.max_new_tokens
@@ -491,7 +489,6 @@ def sample(model, tokenizer, prompts, temperature, args, seed=0) -> list[list[in
             continue
         bar.update(len(drawn) * RANKS - bar.n)
         rows = rows[len(part) :]
-    bar.close()
     if RANKS > 1:
         torch.distributed.all_gather_object(parts := [None] * RANKS, drawn)
         drawn = {place: ids for part in parts for place, ids in part.items()}
@@ -532,13 +529,14 @@ class Batch:
         padding = torch.tensor([[width - len(p)] for p in prompts], device=device)
         column = torch.arange(width + n * length, device=device)
         after = column - width  # below 0 in the prompt
-        position = (width - padding + torch.where(after < 0, after, after // n)).clamp(min=0)
-        member = torch.where(after < 0, 0, after % n + 1).where(column >= padding, -1)
-        self.tokens = torch.stack([torch.tensor(ids, device=device), member, position])
+        place = width - padding + torch.where(after < 0, after, after // n)  # (rows, columns)
+        member = torch.where(after < 0, 0, after % n + 1).where(place >= 0, -1)  # -1 is padding
+        self.tokens = torch.stack([torch.tensor(ids, device=device), member, place.clamp(min=0)])
         layer = partial(transformers.StaticLayer, width)
         self.cache = transformers.Cache(layer_class_to_replicate=layer)
+        self.random = torch.rand(place.shape, device=device)
         self.ends = torch.tensor(ends, device=device)
-        self.last = column[width : width + n] - n  # columns of what was drawn last
+        self.last = column[width : width + n] - n  # columns drawn last; advance adds n
         self.advance(column[:width], 1)
 
     def advance(self, columns, wanted: int):
@@ -547,11 +545,13 @@ class Batch:
         tokens, keys = self.tokens[..., columns], self.tokens[..., : self.visible]
         more = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": wanted}
         logits = self.model(**block_inputs(self.model, tokens, keys), **more).logits
-        # argmax(logits / T + Gumbel noise) is a sample of softmax(logits / T)
-        noise = logits.new_empty(len(logits), self.n, logits.shape[-1], dtype=torch.float32)
-        noise.exponential_().log_()
+        logits = logits.expand(-1, self.n, -1)  # all begin after the prompt's last token
+        token = logits.argmax(-1)
         self.last += self.n
-        token = torch.add(logits, noise, alpha=-self.temperature).argmax(-1)
+        if self.temperature > 0:  # the first whose summed probabilities pass a number
+            sums = torch.softmax(logits.float() / self.temperature, -1).cumsum(-1)
+            number = self.random[:, self.last, None] * sums[..., -1:]
+            token = torch.searchsorted(sums, number, right=True)[..., 0]
         self.tokens[0].index_copy_(1, self.last, token)
         return logits
 
@@ -562,7 +562,8 @@ class Batch:
             layer.keys = torch.nn.functional.pad(layer.keys[index], more)
             layer.values = torch.nn.functional.pad(layer.values[index], more)
         self.visible += self.n * steps
-        self.tokens, self.places = self.tokens[:, index], [self.places[row] for row in rows]
+        self.tokens, self.random = self.tokens[:, index], self.random[index]
+        self.places = [self.places[row] for row in rows]
 
     def finish(self) -> dict[int, list[int]]:
         """Decode to the end: the token ids for each place, up to an end token."""
@@ -584,7 +585,7 @@ class Batch:
             self.keep(alive, steps)
             advance = partial(self.advance, self.last, self.n)
             for step in range(steps):
-                if graphs and step == 1:  # the first has loaded kernels
+                if graphs and step == 1:  # step 0 has loaded kernels
                     graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(graph):
                         advance()
@@ -597,10 +598,9 @@ def start(main) -> None:
     """Run main(). What the user can put right is one line; a bug shows its traceback."""
     try:
         main()
-    except BlockingIOError:
-        sys.exit("error: another process works in --out")
     except (UserError, OSError, torch.OutOfMemoryError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+        busy = isinstance(error, BlockingIOError)
+        sys.exit("error: " + ("another process works in --out" if busy else str(error)))
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: --resume goes on")
 

@@ -294,16 +294,15 @@ def read_lines(path: str | Path) -> list[Judgement]:
     return records
 
 
-# The parts of the prompt, in their order. They are all that a model knows about being a judge.
+# The parts of the prompt, in their order: all that a model knows about judging.
 TASK = "Judge each response to the conversation. Write the specific criteria that matter here with "
 TASK += "their weights, analyse every response against them, then score it."
 CRITIQUE_TASK = "Judge each response to the conversation. Analyse every response, then score it."
 SCALE = "Scores run from 1 (fails altogether) through 6 (meets some criteria) to 10 (meets all "
 SCALE += "criteria)."
 BINARY = "The score is 1 if the response is correct and 0 if it is not."
-GENERAL = """ Be strict; analyse before you score.
-General criteria: following instructions, usefulness, detail, relevance.
-"""
+GENERAL = " Be strict; analyse before you score.\n"
+GENERAL += "General criteria: following instructions, usefulness, detail, relevance.\n"
 MARKER = re.compile(r"\[(?=\s*(conversation|reference|response)[^\[\]]*(begins|ends)\s*\])", re.I)
 
 
@@ -386,7 +385,7 @@ progress = partial(tqdm, delay=10, mininterval=1, disable=RANK > 0)
 
 class Run:
     """The folder of a run. A new run moves what the folder holds to NAME.1, NAME.2, ...; --resume
-    goes on with it. Ranks meet here, and rank 0 alone writes. Raises UserError, BlockingIOError."""
+    goes on with it. Ranks meet here, and rank 0 alone writes. Raises UserError."""
 
     def __init__(self, args):
         self.folder, self.start, self.settings = Path(args.out), time.time(), dict(vars(args))
@@ -434,10 +433,12 @@ def load_model(name: str, quantize: str = "none", dtype: str = "auto"):
     is bfloat16 on a GPU that has it, else float32. No remote code. Raises UserError."""
     device = int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"
     native = dtype == "bfloat16" or (device != "cpu" and torch.cuda.get_device_capability()[0] >= 8)
+    if device != "cpu":
+        torch.cuda.set_device(device)  # graphs and ranks' messages use it
     kind = torch.bfloat16 if native and dtype != "float32" else torch.float32
     require(not Path(name, "model").is_dir(), f"{name} is a run: give its model, {name}/model")
     how = dict(dtype=kind, device_map={"": device}, use_safetensors=True, output_loading_info=True)
-    if quantize != "none":  # given, it would hide how a checkpoint is quantized already
+    if quantize != "none":  # else as the checkpoint is
         bits = {f"load_in_{4 if quantize == 'nf4' else 8}bit": True, "bnb_4bit_quant_type": "nf4"}
         bits |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": kind}
         how["quantization_config"] = transformers.BitsAndBytesConfig(**bits)
@@ -455,7 +456,7 @@ def load_model(name: str, quantize: str = "none", dtype: str = "auto"):
     for module in model.modules():
         module.support_avx512bf16_for_cpu = False  # else 4 bits lose their gradient on some CPUs
         for rate in [name for name in vars(module) if "dropout" in name or name == "p"]:
-            setattr(module, rate, 0.0)  # the same weights give the same log-probabilities
+            setattr(module, rate, 0.0)  # the same log-probabilities again
     return model.eval(), tokenizer
 
 
@@ -463,10 +464,9 @@ def start(main) -> None:
     """Run main(). What the user can put right is one line; a bug shows its traceback."""
     try:
         main()
-    except BlockingIOError:
-        sys.exit("error: another process works in --out")
     except (UserError, OSError, torch.OutOfMemoryError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+        busy = isinstance(error, BlockingIOError)
+        sys.exit("error: " + ("another process works in --out" if busy else str(error)))
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: --resume goes on")
 
@@ -549,8 +549,8 @@ def descend(model, examples: list[Example], losses_of, size: int, seed: int, fir
 
 
 def score_tensor(judgements: list[Judgement], k: int) -> torch.Tensor:
-    """The scores (items, k, responses) of k judgements an item, put back into the item's order.
-    nan: the judgement cannot be read. -inf: the item has no such response."""
+    """The scores (items, k, responses) of k judgements an item, in the item's order. nan: cannot be
+    read. -inf: the item has no such response."""
     width, rows = max(len(one.order) for one in judgements), []
     for one in judgements:
         scores = dict(zip(one.order, one.scores or [math.nan] * len(one.order)))
@@ -564,9 +564,9 @@ def vote_sum(scores: torch.Tensor) -> torch.Tensor:
 
 
 def subsets(values: torch.Tensor, k: int, rounds: int = 100):
-    """Random subsets of k of each item's samples: of values (items, samples, ...) those of a round,
-    (items, samples // k, k, ...), again and again. In a round they share no sample, so for k = 1
-    and all samples one round is exact. Other values are drawn alike."""
+    """Random subsets of k of each item's samples, of values (items, samples, ...): a round yields
+    (items, samples // k, k, ...). Its subsets share no sample: for k = 1 and k = samples one round
+    is exact. Other values are drawn alike."""
     (items, total), generator = values.shape[:2], torch.Generator().manual_seed(0)
     for _ in range(1 if k in (1, total) else rounds):
         order = torch.rand(items, total, generator=generator).argsort(-1)
@@ -575,8 +575,8 @@ def subsets(values: torch.Tensor, k: int, rounds: int = 100):
 
 
 def right_and_tied(votes: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
-    """What votes (items, subsets, responses) are worth if response best (items,) is the best, as
-    means over the subsets: (3, items). Accuracy (a tie is a coin toss), strict (Eq. 10), ties."""
+    """Accuracy (a tie is a coin toss), strict (Eq. 10), ties of votes (items, subsets, responses):
+    means over the subsets, (3, items). best (items,): the best response."""
     top = votes == votes.amax(-1, keepdim=True)
     count, place = top.sum(-1), best[:, None, None].expand(-1, votes.shape[1], 1)
     right = top.gather(-1, place)[..., 0]
@@ -596,7 +596,7 @@ def history(model: str) -> list[dict]:
 
 
 def print_table(title: str, rows: dict[str, dict], items: list[Judgement]) -> dict[str, dict]:
-    """Print and return the means of values (items,), {row: {column: values}}, with their errors."""
+    """Print and return the means and errors of values (items,), {row: {column: values}}."""
     print(f"\n{title}, %\n{'':<12}" + "".join(f"{name:>17}" for name in next(iter(rows.values()))))
     figures = {}
     for name, row in rows.items():
