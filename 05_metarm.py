@@ -215,13 +215,16 @@ def main():
 
     require(0 < args.k_meta <= 1, "--k-meta is a share: above 0, at most 1")
     samples = read_lines(args.samples)
-    total = sum(one.item == samples[0].item for one in samples)
-    samples = [one for one in samples if len(one.rewards) > 1]
+    numbers = [one.item for one in samples]
+    total = numbers.count(numbers[0])
+    even = [number for number in numbers[::total] for _ in range(total)]
+    require(numbers == even, f"{args.samples} has not {total} samples of each item")
+    require(args.learn, "nothing to learn from: run steps 2 and 3, or give --learn")
     judgements = judgements_to_learn(args.learn, {str(one.query) for one in samples})
     base = args.base or origin(Path(args.samples))
     print(f"the meta RM is made of {base}")
-    run = Run(args)
     model, tokenizer = meta_model(base, args)
+    run = Run(args)
     learn = [one for one in judgements if not held_out(one.query) and not tied(one)]
     texts = [tokenizer(break_up(tokenizer, meta_prompt(one)))["input_ids"] for one in learn]
     examples = [Example(text, [int(one.correct)]) for text, one in zip(texts, learn)]

@@ -211,13 +211,16 @@ def test_two_ranks_do_what_one_does(tmp_path):
         ("04_voting.py --k 0", "--k"),
         ("04_voting.py --data folder", "folder"),
         ("05_metarm.py --samples missing.jsonl", "missing.jsonl"),
+        ("05_metarm.py --samples samples_1.jsonl", "--learn"),
         ("05_metarm.py --samples samples_1.jsonl --learn learn.jsonl", "settings.json"),
+        ("05_metarm.py --samples uneven.jsonl --learn learn.jsonl", "samples of each item"),
     ],
 )
 def test_a_bad_input_is_one_line(command, told, tmp_path, monkeypatch, capsys):
     (tmp_path / "folder").mkdir()
     lines = [json.dumps(asdict(judged(*row))) for row in ((RIGHT, (0, 1)), (WRONG, (0, 1), 1, "b"))]
     texts = {"good": lines[0], "broken": lines[0] + "\n{", "empty": "", "samples_1": lines[0]}
+    texts["uneven"] = "\n".join([lines[0], *lines])
     for name, text in (texts | {"learn": lines[1] + "\n" + lines[1].replace('"b"', '"c"')}).items():
         (tmp_path / f"{name}.jsonl").write_text(
             text.replace('"correct": false', '"correct": true', 1)

@@ -91,12 +91,8 @@ def before_and_after(runs: Path) -> str:
     """An item that step 1's judge got wrong, and the judge of step 4 right."""
     if not (runs / JUDGED).exists() or not (runs / SAMPLES).exists():
         return ""
-    later = {
-        str(one.query): one
-        for one in step.read_lines(runs / SAMPLES, step.Judgement)
-        if one.correct
-    }
-    for one in step.read_lines(runs / JUDGED, step.Judgement):
+    later = {str(one.query): one for one in step.read_lines(runs / SAMPLES) if one.correct}
+    for one in step.read_lines(runs / JUDGED):
         after = later.get(str(one.query))
         if after and not one.correct and sorted(one.responses) == sorted(after.responses):
             pair = judgement(one, "Before training") + judgement(after, "After")
@@ -110,9 +106,8 @@ def trusted(runs: Path) -> str:
     folder = runs / "05_metarm"
     if not (folder / "rewards.jsonl").exists():
         return ""
-    samples = step.read_lines(
-        json.loads((folder / "settings.json").read_text())["samples"], step.Judgement
-    )
+    settings = json.loads((folder / "settings.json").read_text())
+    samples = step.read_lines(settings["samples"])
     samples = [one for one in samples if len(one.rewards) > 1]
     lines = (folder / "rewards.jsonl").read_text().splitlines()
     rewards = [json.loads(line)["reward"] for line in lines]
@@ -167,7 +162,7 @@ def sections(runs: Path) -> list[str]:
         parts += [image(lambda file: plot.plot(curves, file), "accuracy over samples")]
     parts += [before_and_after(runs)]
     if four:
-        samples = step.read_lines(runs / SAMPLES, step.Judgement)
+        samples = step.read_lines(runs / SAMPLES)
         parts += [part.replace("<section>", '<section class="wide">') for part in votes(samples)]
     return [*parts, trusted(runs)]
 
