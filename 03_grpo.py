@@ -15,7 +15,7 @@ near pi_old, which drew it. The KL term keeps it near the model before step 1 (r
 
 o_i are the tokens of judgement i. With UPDATES = 1 the ratio is always 1, its gradient is that of
 log pi, and the value of the loss is only beta KL: watch the reward. The format has no reward of its
-own: unreadable scores earn -1. On the embedded judge the reward goes from about -0.1 to 0.15.
+own: unreadable scores earn -1. On the embedded judge the reward rises from about -0.1 to 0.
 
     python 03_grpo.py                                            the judge after step 2, on a CPU
     python 03_grpo.py --model google/gemma-3-1b-it --data train.jsonl --lr 2e-5
@@ -186,7 +186,7 @@ def main():
     option("--prompts", type=int, default=16, help="prompts a step")
     option("--group-size", type=int, default=8, help="G, judgements of each prompt (the paper: 4)")
     option("--beta", type=float, default=0.08, help="weight of the KL term (the paper's for 27B)")
-    option("--lr", type=float, default=4e-3, help="peak learning rate (the paper: 4e-7)")
+    option("--lr", type=float, default=1.2e-4, help="peak learning rate (the paper: 4e-7)")
     option("--lora-r", type=int, default=16, help="rank of adapters; 0 trains all weights")
     option("--shots", action="store_true", help="a worked example first, for base models")
     option("--max-new-tokens", type=int, default=320, help="longest judgement, in tokens")

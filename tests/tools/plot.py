@@ -19,7 +19,8 @@ def curves_of(folder: str) -> dict[str, dict[int, dict]]:
     found = {}
     for name, curve in results.get("figures", {}).items():
         if " minus " not in name:  # a difference of two models
-            found[f"voting, {name}"] = {int(k): row["sum"] for k, row in curve.items()}
+            label = Path(name).parent.name if Path(name).name == "model" else Path(name).name
+            found[f"voting, {label}"] = {int(k): row["sum"] for k, row in curve.items()}
     for title, row in results.get("rows", {}).items():
         k_meta, _, k = title.partition(" of ")
         if k.isdigit() and int(k_meta) == max(1, round(results["settings"]["k_meta"] * int(k))):
@@ -28,10 +29,21 @@ def curves_of(folder: str) -> dict[str, dict[int, dict]]:
     return found
 
 
+def label_places(ends: dict[str, float], gap: float = 1.2) -> dict[str, float]:
+    """Heights of the labels of curves that end at these heights: in their order, not too close."""
+    places, last = {}, -1e9
+    for name in sorted(ends, key=ends.get):
+        places[name] = last = max(ends[name], last + gap)
+    return places
+
+
 def plot(curves: dict[str, dict[int, dict]], path: str, title: str = "") -> None:
     """Draw the curves into a PNG file, each labelled at its end."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
+    places = label_places(
+        {name: 100 * [*curve.values()][-1]["mean"] for name, curve in curves.items()}
+    )
     for number, (name, curve) in enumerate(curves.items()):
         mean = [100 * row["mean"] for row in curve.values()]
         error = [100 * row["se"] for row in curve.values()]
@@ -41,8 +53,7 @@ def plot(curves: dict[str, dict[int, dict]], path: str, title: str = "") -> None
         axes.fill_between(list(curve), low, high, color=shade, alpha=0.15, linewidth=0)
         axes.plot(list(curve), mean, "os^Dv"[number % 5] + "-", color=shade, linewidth=2)
         label = name.replace("$", r"\$")
-        place = {"xytext": (8, 0), "textcoords": "offset points", "va": "center"}
-        axes.annotate(label, (max(curve), mean[-1]), color=shade, **place)
+        axes.text(1.1 * max(curve), places[name], label, color=shade, va="center")
         axes.set_xscale("log")
         axes.set_xticks(list(curve), map(str, curve))
     axes.set(xlabel="samples per item, k", ylabel="accuracy, %", title=title)
@@ -56,10 +67,12 @@ def main():
     parser.add_argument("runs", nargs="+", help="folders of runs of steps 4 and 5")
     parser.add_argument("--out", default="figure.png", help="file to write")
     parser.add_argument("--title", default="", help="of the figure")
+    parser.add_argument("--leave-out", nargs="*", default=[], help="names of curves")
     args = parser.parse_args()
     curves = {}
     for folder in args.runs:
         curves |= curves_of(folder)
+    curves = {name: curve for name, curve in curves.items() if name not in args.leave_out}
     plot(curves, args.out, args.title)
     print(f"{len(curves)} curves in {args.out}")
 
