@@ -15,7 +15,7 @@ near pi_old, which drew it. The KL term keeps it near the model before step 1 (r
 
 o_i are the tokens of judgement i. With UPDATES = 1 the ratio is always 1, its gradient is that of
 log pi, and the value of the loss is only beta KL: watch the reward. The format has no reward of its
-own: unreadable scores earn -1. On the embedded judge the reward rises from about -0.1 to 0.
+own: unreadable scores earn -1. With --lr 5e-4 the embedded judge goes from about -0.1 to 0.1.
 
     python 03_grpo.py                                            the judge after step 2, on a CPU
     python 03_grpo.py --model google/gemma-3-1b-it --data train.jsonl --lr 2e-5
