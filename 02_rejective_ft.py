@@ -492,7 +492,7 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 CHUNK = 1024  # judgements that a kill may cost
 BATCH = 1024 if torch.cuda.is_available() else 256  # completions at once
 GROUP = 16  # completions in a row: each is multiplied with the columns of all of them
-progress = partial(tqdm, delay=10, mininterval=1, disable=RANK > 0)
+progress = partial(tqdm, delay=10, mininterval=10, disable=RANK > 0)
 
 
 class Run:

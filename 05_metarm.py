@@ -383,7 +383,7 @@ BITS, DTYPES = ["none", "int8", "nf4"], ["auto", "float32", "bfloat16"]
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-progress = partial(tqdm, delay=10, mininterval=1, disable=RANK > 0)
+progress = partial(tqdm, delay=10, mininterval=10, disable=RANK > 0)
 
 
 class Run:
