@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 from dataclasses import asdict
 
@@ -116,6 +117,24 @@ def test_step_4_leaves_out_what_a_model_learnt_from(folder, monkeypatch, capsys,
     assert judged == [query for query in others if query in many] and 10 < len(judged) < len(many)
     told = refusal(monkeypatch, capsys, tmp_path, *command, "--limit", 10)
     assert "nothing to judge" in told
+
+
+def test_a_report_shows_each_step_that_was_run_and_escapes_what_was_written(folder, tmp_path):
+    import report  # of tests/tools
+
+    runs = tmp_path / "runs"
+    shutil.copytree(folder / "runs", runs)
+    lines = lines_of(runs / "04_voting/samples_1.jsonl")
+    for line in lines:
+        line["output"] = "<script>alert(1)</script>" + line["output"]
+    (runs / "04_voting/samples_1.jsonl").write_text("".join(json.dumps(o) + "\n" for o in lines))
+    settings = json.loads((runs / "05_metarm/settings.json").read_text())
+    settings["samples"] = str(runs / "04_voting/samples_1.jsonl")
+    (runs / "05_metarm/settings.json").write_text(json.dumps(settings))
+    page = "".join(report.sections(runs))
+    for step in (2, 3, 4, 5):
+        assert f"<h2>Step {step}:" in page
+    assert "<h2>Step 1" not in page and "<script>" not in page and "&lt;script&gt;" in page
 
 
 def test_killed_in_training_and_resumed(folder, monkeypatch, capsys):

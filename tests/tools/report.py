@@ -41,7 +41,10 @@ def figure_table(rows: dict[str, dict]) -> str:
     cells = []
     for name, row in rows.items():
         shown = [
-            f"{100 * one['mean']:.1f} &plusmn; {100 * (one['se'] or 0):.1f}" for one in row.values()
+            f"{100 * one['mean']:.1f} &plusmn; {100 * (one['se'] or 0):.1f}"
+            if one["mean"] is not None
+            else "too few"
+            for one in row.values()
         ]
         cells.append([html.escape(name), *shown])
     return f'<div class="wide">{show_votes.table(head, cells)}</div>'
