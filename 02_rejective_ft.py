@@ -470,8 +470,7 @@ def read_into(one: Judgement, ids: list[int], tokenizer, args) -> Judgement:
 
 
 def judge(model, tokenizer, asked, temperature, args, run, name) -> list[Judgement]:
-    """Judge what is asked. The run's file `name` grows by CHUNK judgements at a time, after those
-    that it holds already. Returns all, in order."""
+    """Judge all that is asked but what the run's file `name` holds. It grows by CHUNK at a time."""
     path = run.folder / name
     done = read_lines(path) if path.exists() else []
     for first in range(len(done), len(asked), CHUNK):
@@ -503,7 +502,6 @@ class Run:
         self.folder, self.start, self.settings = Path(args.out), time.time(), dict(vars(args))
         resume, path = self.settings.pop("resume"), self.folder / "settings.json"
         if RANK == 0:
-            require(path.exists() or not resume, f"--resume: there is no run in {self.folder}")
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             self.lock = open(f"{self.folder}.lock", "w")  # one process at a time
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -544,10 +542,10 @@ def load_model(name: str, quantize: str = "none", dtype: str = "auto"):
     base is loaded with it. quantize: nf4 (4 bits, double quantization), int8 or none. dtype: auto
     is bfloat16 on a GPU that has it, else float32. No remote code. Raises UserError."""
     device = int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"
-    native = dtype == "bfloat16" or (device != "cpu" and torch.cuda.get_device_capability()[0] >= 8)
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    kind = {"auto": "bfloat16" if native else "float32"}.get(dtype, dtype)
     if device != "cpu":
         torch.cuda.set_device(device)  # graphs and ranks' messages use it
-    kind = torch.bfloat16 if native and dtype != "float32" else torch.float32
     require(not Path(name, "model").is_dir(), f"{name} is a run: give its model, {name}/model")
     how = dict(dtype=kind, device_map={"": device}, use_safetensors=True, output_loading_info=True)
     if quantize != "none":  # else as the checkpoint is
@@ -593,12 +591,12 @@ def sample(model, tokenizer, prompts, temperature, args, seed=0) -> list[list[in
     while rows:
         part = rows[: max(1, size // len(rows[0][1]))]
         try:
-            drawn |= Batch(model, part, temperature, args.max_new_tokens, ends).finish()
+            drawn |= Batch(model, part, temperature).finish(args.max_new_tokens, ends)
         except torch.OutOfMemoryError:
             require(len(part) > 1, "out of memory with one prompt")
             size = len(part) * len(part[0][1]) // 2
             continue
-        bar.update(len(drawn) * RANKS - bar.n)
+        bar.update(sum(len(of_prompt) for _, of_prompt in part) * RANKS)
         rows = rows[len(part) :]
     if RANKS > 1:
         torch.distributed.all_gather_object(parts := [None] * RANKS, drawn)
@@ -627,74 +625,70 @@ def block_inputs(model, tokens, keys) -> dict:
 
 
 class Batch:
-    """Prompts in flight, a row (prompt, places of its completions) each. It has the prompt's
-    columns, padded on the left, then n for each step, one a completion (see `block_inputs`): all
-    share the prompt's keys and values. A step changes buffers in place and waits for nothing: CUDA
-    can record it as a graph, and launch it at once. A new batch has drawn the first tokens."""
+    """Prompts in flight, a row (prompt, places of its completions) each: the prompt, padded on the
+    left, then n columns a step, one for each completion (see `block_inputs`). They share the
+    prompt's keys and values. A step changes buffers in place and waits for nothing, so that CUDA
+    can record and repeat it (a graph). The first reads the prompt's last token, n times."""
 
-    def __init__(self, model, rows, temperature, length, ends):
-        self.model, self.temperature, self.length, device = model, temperature, length, model.device
-        prompts, self.places = zip(*rows)
-        self.n, self.visible = n, width = max(map(len, self.places)), max(map(len, prompts))
-        ids = [[0] * (width - len(p)) + [*p] + [0] * n * length for p in prompts]
+    def __init__(self, model, rows, temperature):
+        self.model, self.temperature, device = model, temperature, model.device
+        prompts, places = zip(*rows)
+        self.n, width = max(map(len, places)), max(map(len, prompts))
+        places = [*zip(*itertools.zip_longest(*places, fillvalue=-1))]  # -1: none, or it has ended
+        self.places = torch.tensor(places, device=device)
+        ids = [[0] * (width - len(p)) + [*p] + [p[-1]] * (self.n - 1) for p in prompts]
         padding = torch.tensor([[width - len(p)] for p in prompts], device=device)
-        column = torch.arange(width + n * length, device=device)
-        after = column - width  # below 0 in the prompt
-        place = width - padding + torch.where(after < 0, after, after // n)  # (rows, columns)
-        member = torch.where(after < 0, 0, after % n + 1).where(place >= 0, -1)  # -1 is padding
-        self.tokens = torch.stack([torch.tensor(ids, device=device), member, place.clamp(min=0)])
-        layer = partial(transformers.StaticLayer, width)
+        column = torch.arange(width + self.n - 1, device=device)
+        position = column.clamp(max=width - 1) - padding  # (rows, columns), below 0 in the padding
+        member = (column - width + 2).clamp(min=0).where(position >= 0, -1)
+        self.tokens = torch.stack([torch.tensor(ids, device=device), member, position.clamp(min=0)])
+        self.visible = width - 1  # columns of the cache, which have been read, or will be
+        layer = partial(transformers.StaticLayer, self.visible)
         self.cache = transformers.Cache(layer_class_to_replicate=layer)
-        self.random = torch.rand(place.shape, device=device)
-        self.ends = torch.tensor(ends, device=device)
-        self.last = column[width : width + n] - n  # columns drawn last; advance adds n
-        self.advance(column[:width], 1)
+        self.read(column[: self.visible])
 
-    def advance(self, columns, wanted: int):
-        """Read the tokens at `columns` (new,), draw the next one of every completion. Returns the
-        logits (rows, wanted, vocabulary) after the last `wanted`."""
-        tokens, keys = self.tokens[..., columns], self.tokens[..., : self.visible]
-        more = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": wanted}
-        logits = self.model(**block_inputs(self.model, tokens, keys), **more).logits
-        logits = logits.expand(-1, self.n, -1)  # all begin after the prompt's last token
+    def read(self, columns) -> torch.Tensor:
+        """The logits (rows, at most n, vocabulary) after the tokens at the last of `columns`."""
+        inputs = block_inputs(
+            self.model, self.tokens[..., columns], self.tokens[..., : self.visible]
+        )
+        return self.model(**inputs, past_key_values=self.cache, logits_to_keep=self.n).logits
+
+    def keep(self, rows, members, steps: int) -> None:
+        """Go on with these `rows` (kept,), in each with these `members` (kept, n) of the last step,
+        counted from 0, and make room for so many more steps."""
+        read, self.n = self.visible, members.shape[1]
+        more = self.tokens[:, rows[:, None], read + members].repeat(1, 1, steps + 1)
+        more[2] += torch.arange(more.shape[2], device=rows.device) // self.n
+        self.tokens = torch.cat([self.tokens[:, rows, :read], more], 2)
+        self.last = torch.arange(read, read + self.n, device=rows.device)  # columns to read next
+        self.places, self.visible = self.places[rows[:, None], members], read + self.n * steps
+        pad = partial(torch.nn.functional.pad, pad=(0, 0, 0, self.n * steps))
+        for layer in self.cache.layers:
+            layer.keys, layer.values = pad(layer.keys[rows]), pad(layer.values[rows])
+
+    def advance(self) -> torch.Tensor:
+        """Draw the next token of every completion. Returns the logits (rows, n, vocabulary)."""
+        logits = self.read(self.last)
         token = logits.argmax(-1)
-        self.last += self.n
         if self.temperature > 0:  # the first whose summed probabilities pass a number
             sums = torch.softmax(logits.float() / self.temperature, -1).cumsum(-1)
-            number = self.random[:, self.last, None] * sums[..., -1:]
+            number = torch.rand_like(sums[..., :1]) * sums[..., -1:]
             token = torch.searchsorted(sums, number, right=True)[..., 0]
+        self.last += self.n
         self.tokens[0].index_copy_(1, self.last, token)
         return logits
 
-    def keep(self, rows: list[int], steps: int) -> None:
-        """Drop all other rows, and make room for so many more steps."""
-        index, more = torch.tensor(rows, device=self.last.device), (0, 0, 0, self.n * steps)
-        for layer in self.cache.layers:
-            layer.keys = torch.nn.functional.pad(layer.keys[index], more)
-            layer.values = torch.nn.functional.pad(layer.values[index], more)
-        self.visible += self.n * steps
-        self.tokens, self.random = self.tokens[:, index], self.random[index]
-        self.places = [self.places[row] for row in rows]
-
-    def finish(self) -> dict[int, list[int]]:
-        """Decode to the end: the token ids for each place, up to an end token."""
+    def finish(self, left: int, ends: list[int]) -> dict[int, list[int]]:
+        """The token ids for each place, up to one of `ends`, `left` at most."""
         # layers in 8 bits wait for the device: they cannot be recorded
-        graphs = self.last.is_cuda and not getattr(self.model, "is_loaded_in_8bit", False)
-        drawn, done = {}, 1
-        while True:
-            output = self.tokens[0, :, -self.n * self.length :].unflatten(1, (-1, self.n))
-            output, alive = output.transpose(1, 2)[..., :done], []
-            ended = torch.isin(output, self.ends).cumsum(-1)
-            lengths = ((ended == 0).sum(-1) + 1).tolist()  # waits for the device; done + 1: no end
-            for row, (places, ids) in enumerate(zip(self.places, output.tolist())):
-                found = list(zip(places, ids, lengths[row]))
-                drawn |= {place: one[:length] for place, one, length in found}
-                alive += [row] * any(length > done for _, _, length in found)
-            if not alive or done == self.length:
-                return drawn
-            steps = min(64 if graphs else 16, self.length - done)
-            self.keep(alive, steps)
-            advance = partial(self.advance, self.last, self.n)
+        graphs = self.tokens.is_cuda and not getattr(self.model, "is_loaded_in_8bit", False)
+        drawn, ends = defaultdict(list), torch.tensor(ends, device=self.tokens.device)
+        while left and (self.places >= 0).any():
+            going, steps = (self.places >= 0).int(), min(64 if graphs else 8, left)
+            rows, most = going.any(1).nonzero()[:, 0], int(going.sum(1).max())
+            self.keep(rows, going[rows].topk(most).indices, steps)
+            advance, left = self.advance, left - steps
             for step in range(steps):
                 if graphs and step == 1:  # step 0 has loaded kernels
                     graph = torch.cuda.CUDAGraph()
@@ -702,7 +696,13 @@ class Batch:
                         advance()
                     advance = graph.replay
                 advance()
-            done += steps
+            new = self.tokens[0, :, -self.n * steps :].unflatten(1, (steps, self.n)).transpose(1, 2)
+            lengths = (torch.isin(new, ends).cumsum(-1) == 0).sum(-1) + 1  # steps + 1: no end
+            found = (x.flatten(0, 1).tolist() for x in (self.places, new, lengths))  # waits
+            for place, ids, length in zip(*found):
+                drawn[place] += ids[:length]
+            self.places[lengths <= steps] = -1
+        return drawn
 
 
 def start(main) -> None:

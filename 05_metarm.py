@@ -394,7 +394,6 @@ class Run:
         self.folder, self.start, self.settings = Path(args.out), time.time(), dict(vars(args))
         resume, path = self.settings.pop("resume"), self.folder / "settings.json"
         if RANK == 0:
-            require(path.exists() or not resume, f"--resume: there is no run in {self.folder}")
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             self.lock = open(f"{self.folder}.lock", "w")  # one process at a time
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -435,10 +434,10 @@ def load_model(name: str, quantize: str = "none", dtype: str = "auto"):
     base is loaded with it. quantize: nf4 (4 bits, double quantization), int8 or none. dtype: auto
     is bfloat16 on a GPU that has it, else float32. No remote code. Raises UserError."""
     device = int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"
-    native = dtype == "bfloat16" or (device != "cpu" and torch.cuda.get_device_capability()[0] >= 8)
+    native = torch.cuda.is_bf16_supported(including_emulation=False)
+    kind = {"auto": "bfloat16" if native else "float32"}.get(dtype, dtype)
     if device != "cpu":
         torch.cuda.set_device(device)  # graphs and ranks' messages use it
-    kind = torch.bfloat16 if native and dtype != "float32" else torch.float32
     require(not Path(name, "model").is_dir(), f"{name} is a run: give its model, {name}/model")
     how = dict(dtype=kind, device_map={"": device}, use_safetensors=True, output_loading_info=True)
     if quantize != "none":  # else as the checkpoint is

@@ -11,6 +11,7 @@ from conftest import ROOT
 
 def options(**more) -> SimpleNamespace:
     known = {"gemma": None, "old": None, "only_old": False, "prompts": 2, "repeats": 1}
+    known["dtypes"] = False
     return SimpleNamespace(**{"size": "tiny", "model": None, "quantize": "nf4", **known, **more})
 
 
@@ -24,6 +25,14 @@ def test_sampling_measures_every_way(monkeypatch, capsys):
     assert list(medians) == ["sample", "generate", "generate, static cache", "generate_batch"]
     assert "first edition            does not run here: " in out and out.count("tokens/s") == 4
     assert min(medians.values()) > 0
+
+
+def test_sampling_measures_dtypes(monkeypatch, capsys):
+    known = benchmark.settings
+    monkeypatch.setattr(benchmark, "settings", lambda **_: known(max_new_tokens=8))
+    medians = benchmark.sampling(options(dtypes=True, prompts=1))
+    assert [*medians][:3] == ["sample, bfloat16", "sample, nf4", "sample, float32"]
+    assert "generate, bfloat16" in medians and min(medians.values()) > 0
 
 
 def test_tokens_are_counted_up_to_the_end():

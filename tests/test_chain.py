@@ -221,7 +221,7 @@ def test_two_ranks_do_what_one_does(tmp_path):
         ("02_rejective_ft.py --data broken.jsonl", "broken.jsonl:2"),
         ("02_rejective_ft.py --data empty.jsonl", "empty.jsonl"),
         ("02_rejective_ft.py --model folder", "folder"),
-        ("02_rejective_ft.py --resume --out none", "--resume"),
+        ("02_rejective_ft.py --resume --out none", "none/settings.json"),
         ("02_rejective_ft.py --lr fast", "--lr"),
         ("01_pointwise_grm.py --limit 0", "no items"),
         ("02_rejective_ft.py --limit 0", "rejected"),

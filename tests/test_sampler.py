@@ -165,13 +165,15 @@ def test_steps_can_be_recorded(family, temperature):
     """Between two looks a CUDA graph holds on to addresses and shapes, and no step waits for the
     device: on the meta device there are no values, and whatever asks for one raises."""
     for device in ("cpu", "meta"):
-        batch = grm.Batch(random_model(family).to(device), ROWS, temperature, 12, [2])
-        for rows in ([0, 1], [1]):
-            batch.keep(rows, 4)
-            batch.advance(batch.last, batch.n)
+        batch = grm.Batch(random_model(family).to(device), ROWS, temperature)
+        for rows, members in (([0, 1], [[0, 1], [1, 2]]), ([1], [[1]])):
+            kept = [torch.tensor(numbers, device=device) for numbers in (rows, members)]
+            batch.keep(*kept, 4)
+            batch.advance()
+            batch.tokens[0, :, -3 * batch.n :] = 0
             before, tokens = tensors(batch), batch.tokens.clone()
             for _ in range(3):
-                batch.advance(batch.last, batch.n)
+                batch.advance()
             assert tensors(batch) == before and len(before) > 8
             assert device == "meta" or not batch.tokens.equal(tokens)
-        assert batch.tokens.shape == (3, 1, 4 + 3 * 12)
+        assert batch.tokens.shape == (3, 1, 3 + 2 * 4 + 5)

@@ -2,6 +2,7 @@
 
     python tests/tools/benchmark.py sampling        `sample` beside transformers' ways to sample
     python tests/tools/benchmark.py sampling --old FOLDER      ... and a first edition's sampler
+    python tests/tools/benchmark.py sampling --dtypes          ... bfloat16 and nf4, too
     python tests/tools/benchmark.py training        a GRPO step and its memory
     python tests/tools/benchmark.py scale           a random Gemma-2-27B in 4 bits on one GPU;
                                                     without a GPU, only its memory plan
@@ -23,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,9 +114,9 @@ def compare(ways: dict, repeats: int, ends: list[int], patience: float = 120) ->
                 del ways[name]
     medians = {name: statistics.median(values) for name, values in speeds.items() if values}
     for name, median in medians.items():
-        ratio, of = next(iter(medians.values())) / median, speeds[name]
+        first, ratio, of = next(iter(medians)), next(iter(medians.values())) / median, speeds[name]
         print(f"  {name:<24}{median:8,.0f} tokens/s ({min(of):,.0f} to {max(of):,.0f});", end="")
-        print(f" `sample` is {ratio:.2f} times as fast")
+        print(f" {first} is {ratio:.2f} times as fast")
     return medians
 
 
@@ -128,7 +130,16 @@ def sampling(args) -> dict[str, float]:
     options = settings(max_new_tokens=length)
     repeated = [prompt for prompt in prompts for _ in range(n)]
     seeds = itertools.count()  # each round draws others: where samples end decides on the speed
-    ways = {"sample": lambda: grm.sample(model, tokenizer, repeated, 1.0, options, next(seeds))}
+    ways, models = {}, {}
+    if args.dtypes:
+        models = {"bfloat16": ("none", "bfloat16"), "nf4": ("nf4", "float32")}
+        load = partial(grm.load_model, args.gemma or str(JUDGE))
+        models = {name: load(*how)[0] for name, how in models.items()}
+    for name, of in [*models.items(), ("float32", model)]:
+        of.generation_config.eos_token_id = ends
+        draw = partial(grm.sample, of, tokenizer, repeated, 1.0, options)
+        name = f"sample, {name}" if models else "sample"
+        ways[name] = lambda draw=draw: draw(next(seeds))
     if args.old:
         old, ask = first_edition(args.old), (model, tokenizer, prompts, n, 1.0, length)
         again = {"progress": False}
@@ -137,6 +148,8 @@ def sampling(args) -> dict[str, float]:
     static = {"cache_implementation": "static", "disable_compile": not CUDA}
     if not args.only_old:
         ways["generate"] = lambda: generate(*ask)
+        if args.dtypes:
+            ways["generate, bfloat16"] = lambda: generate(models["bfloat16"], *ask[1:])
         ways["generate, static cache"] = lambda: generate(*ask, **static)
         ways["generate_batch"] = lambda: generate_batch(*ask)
     print(f"{args.gemma or 'embedded judge'}: {few} prompts, at most {len(max(prompts, key=len))}")
@@ -341,6 +354,7 @@ def main():
     option("--gemma", metavar="FOLDER", help="a converted Gemma 3 270M, not the embedded judge")
     option("--old", metavar="FOLDER", help="sampling: a checkout of the first edition")
     option("--only-old", action="store_true", help="sampling: leave out transformers' ways")
+    option("--dtypes", action="store_true", help="sampling: also in bfloat16 and nf4")
     option("--prompts", type=int, default=64, help="sampling: prompts for the embedded judge")
     option("--size", choices=SIZES, default="27b", help="scale: of the random model")
     option("--model", help="scale: only the plan of this folder or Hub name")
