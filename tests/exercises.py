@@ -180,6 +180,53 @@ def test_01_3_principles_decide(tell):
         tell(f"By {who} principles, the judge is right in {sum(right) / 24:.0%} of 24 pairs.")
 
 
+def named_in(text: str) -> set[str]:
+    """The criteria of a judgement, or of its first line."""
+    line = text.partition("Specific Criteria: ")[2] or text
+    return set(line.partition("\n")[0].strip().rstrip(".").split("; "))
+
+
+def test_01_4_principles_from_the_query_alone(monkeypatch, tell):
+    step = script("01")
+    principles_alone = given(step, "principles_alone")
+    model, tokenizer = step.load_model(JUDGE)
+    pairs = eval_pairs(step, 24)
+
+    def write(prompt, temperature):
+        expect(temperature == 0, f"principles_alone: it samples at temperature {temperature}")
+        shown = shown_responses(prompt)
+        expect(not shown, f"principles_alone: a prompt shows {len(shown)} responses")
+        return f"Specific Criteria: {len(prompt)} (weight 1); b (weight 2).\n" + verdict([1])
+
+    with monkeypatch.context() as patch:
+        pretend(step, patch, write)
+        found = principles_alone(None, tokenizer, pairs, ARGS)
+    for text in found:
+        right = re.fullmatch(r"\d+ \(weight 1\); b \(weight 2\)", text)
+        expect(right, f"principles_alone: the criteria alone, without a full stop, not {text!r}")
+    alone = [named_in(text) for text in principles_alone(model, tokenizer, pairs, ARGS)]
+    turned = [step.Judgement(p.query, p.responses[::-1], p.rewards[::-1]) for p in pairs]
+    ways = {"the query alone": alone}
+    for name, items in (("query and responses", pairs), ("... turned round", turned)):
+        prompts = [
+            step.encode(tokenizer, step.show(item, 0, list(range(len(item.responses)))))
+            for item in items
+        ]
+        drawn = step.sample(model, tokenizer, prompts, 0.0, ARGS)
+        ways[name] = [named_in(tokenizer.decode(ids, skip_special_tokens=True)) for ids in drawn]
+    for name, named in ways.items():
+        shares = []
+        for item, of in zip(pairs, named):
+            asked = [c.text for c in world.criteria_of(item.query)]
+            shares.append(sum(any(text in one for one in of) for text in asked) / len(asked))
+        same = [
+            len(of & other) / len(of | other)
+            for of, other in zip(named, ways["query and responses"])
+        ]
+        tell(f"{name}: {sum(shares) / 24:.0%} of the request's criteria are named,")
+        tell(f"    and {sum(same) / 24:.0%} are those of the prompt with both responses.")
+
+
 def trajectories(step, outcomes: str, hinted: str = "", ties_pass: bool = False) -> list:
     """Judgements of one item: c correct, t tied, w wrong, u unreadable."""
     group, scores = [], {"c": [9, 2], "t": [5, 5], "w": [2, 9], "u": None}

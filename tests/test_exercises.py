@@ -20,6 +20,7 @@ MISTAKES = {
     "01_1": [("0.425", "0.0"), ("0.0, 1.0", "0.425, 1.0")],
     "01_2": [("[response], [1]", "item.responses, item.rewards"), ("0.0, args", "1.0, args")],
     "01_3": [("[start + ", "["), ("starts[-1])", '"")')],
+    "01_4": [("one.responses = []", "pass"), ('.rstrip(".")', ""), ("0.0, args", "1.0, args")],
     "02_1": [("0.288", "0.512"), ("0.375", "0.5")],
     "02_2": [("any(one.correct", "all(one.correct"), ("one.hint and solved", "solved")],
     "02_3": [("(0, None, 1)", "(0, None, 0)"), ("best response", "worst response")],
@@ -83,6 +84,7 @@ def check(tmp_path, monkeypatch):
 
 def test_three_exercises_a_script_each_with_text_and_solution():
     names = [f"0{script}_{number}" for script in range(1, 6) for number in range(1, 4)]
+    names.insert(3, "01_4")
     assert sorted(CHECKS) == sorted(SOLUTIONS) == sorted(MISTAKES) == names
     text = (ROOT / "tests" / "exercises.md").read_text(encoding="utf-8")
     assert re.findall(r"Check: `pytest tests/exercises.py -k (.*)`\n", text) == names
@@ -117,7 +119,7 @@ def test_the_command_of_an_exercise(tmp_path):
     how = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
     done = subprocess.run([*command, "-k", "02_1"], **how)
     assert done.returncode == 1 and "has no KEPT yet" in done.stdout
-    assert "14 deselected" in done.stdout
+    assert "15 deselected" in done.stdout
 
 
 def test_a_plain_run_collects_neither_exercises_nor_solutions(request):
