@@ -137,6 +137,27 @@ def test_a_report_shows_each_step_that_was_run_and_escapes_what_was_written(fold
     assert "<h2>Step 1" not in page and "<script>" not in page and "&lt;script&gt;" in page
 
 
+def test_a_report_says_that_the_judge_is_lost(tmp_path):
+    import report  # of tests/tools
+
+    path = tmp_path / "log.jsonl"
+
+    def told(**changes):
+        line = {"signal": 0.5, "unreadable": 0.1, "kl": 0.01}
+        lines = [{"step": step, **line} for step in range(1, 13)]
+        for number, change in changes.items():
+            lines[int(number[1:])] |= change
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return report.collapse(path)
+
+    assert told() == []
+    quiet = told(**{f"_{i}": {"signal": 0.0} for i in range(2, 12)})
+    assert len(quiet) == 1 and "From step 3 on" in quiet[0]
+    assert told(**{f"_{i}": {"signal": 0.0} for i in range(2, 11)}) == []
+    lost = told(_4={"unreadable": 0.6}, _7={"kl": 1.5}, _8={"kl": 2.0})
+    assert ["At step 5, unreadable" in lost[0], "At step 8, kl" in lost[1]] == [True, True]
+
+
 def test_killed_in_training_and_resumed(folder, monkeypatch, capsys):
     command = [*STEP5, "--out", "cut"]
     process = start(folder, *command)

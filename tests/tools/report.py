@@ -20,10 +20,12 @@ import plot
 import show_votes
 
 step = show_votes.step
+NAMES = ["01_pointwise_grm", "02_rejective_ft", "03_grpo", "04_voting", "05_metarm"]
 JUDGED = "01_pointwise_grm/judgements.jsonl"
 SAMPLES = "04_voting/samples_1.jsonl"
 STYLE = """
-img { max-width: 100%; height: auto } .wide { overflow-x: auto }
+img { max-width: 100%; min-width: 32em; height: auto } .wide { overflow-x: auto }
+.wide td { white-space: nowrap } section.wide td { white-space: normal } summary { white-space: nowrap }
 .two { display: flex; flex-wrap: wrap; gap: 1em } .two > div { flex: 1 1 20em; min-width: 0 }
 .two p, details { overflow-wrap: anywhere }
 </style>"""
@@ -55,7 +57,8 @@ def image(draw, title: str) -> str:
     file = io.BytesIO()
     draw(file)
     data = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">\n'
+    source = f"data:image/png;base64,{data}"
+    return f'<div class="wide"><img alt="{html.escape(title)}" src="{source}"></div>\n'
 
 
 def log_curves(path: Path, names: list[str]) -> str:
@@ -71,6 +74,21 @@ def log_curves(path: Path, names: list[str]) -> str:
         figure.savefig(file, dpi=110)
 
     return image(draw, f"{', '.join(names)} over the steps") if lines else ""
+
+
+def collapse(path: Path) -> list[str]:
+    """What in the log of step 3 says that the judge is lost."""
+    lines, said = [json.loads(line) for line in path.read_text().splitlines()], []
+    quiet = [not any(line["signal"] for line in lines[i : i + 10]) for i in range(len(lines) - 9)]
+    if any(quiet):
+        first = lines[quiet.index(True)]["step"]
+        said.append(f"From step {first} on, no group had a signal in ten steps: the items are all")
+        said[-1] += " too easy or too hard, or the judge writes one and the same text."
+    for name, most in (("unreadable", 0.5), ("kl", 1)):
+        over = [line["step"] for line in lines if line[name] > most]
+        if over:
+            said.append(f"At step {over[0]}, {name} was above {most}: lower --lr or raise --beta.")
+    return said
 
 
 def judgement(one, title: str, more: str = "") -> str:
@@ -132,10 +150,7 @@ def trusted(runs: Path) -> str:
 
 def sections(runs: Path) -> list[str]:
     """The parts of the page, for the steps that were run."""
-    one, two, three, four, five = (
-        results(runs / name)
-        for name in ("01_pointwise_grm", "02_rejective_ft", "03_grpo", "04_voting", "05_metarm")
-    )
+    one, two, three, four, five = (results(runs / name) for name in NAMES)
     parts = []
     if one:
         parts += ["<h2>Step 1: the judge, greedy</h2>"]
@@ -144,12 +159,13 @@ def sections(runs: Path) -> list[str]:
         parts += ["<h2>Step 2: trajectories that were kept and rejected</h2>"]
         names = sorted({name for row in two["trajectories"].values() for name in row})
         rows = [[t, *(str(row.get(n, 0)) for n in names)] for t, row in two["trajectories"].items()]
-        parts += [show_votes.table(["", *names], rows)]
+        parts += [f'<div class="wide">{show_votes.table(["", *names], rows)}</div>']
         parts += [log_curves(runs / "02_rejective_ft/log.jsonl", ["loss"])]
     if three:
         parts += ["<h2>Step 3: what GRPO did</h2>"]
         names = ["reward", "kl", "entropy", "unreadable"]
         parts += [log_curves(runs / "03_grpo/log.jsonl", names)]
+        parts += [f"<p>{sign}</p>" for sign in collapse(runs / "03_grpo/log.jsonl")]
     if four:
         parts += ["<h2>Step 4: accuracy by the number of samples</h2>"]
         for name, rows in four["figures"].items():
@@ -183,6 +199,7 @@ def main():
     parser.add_argument("out", type=Path, help="the page")
     args = parser.parse_args()
     found = sorted(path.parent.name for path in args.runs.glob("0*/results.json"))
+    found = [name for name in found if name in NAMES]
     if not found:
         raise SystemExit(f"error: {args.runs} holds no run of a step")
     head, _, tail = show_votes.PAGE.partition("</style>")
