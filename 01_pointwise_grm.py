@@ -1,8 +1,8 @@
 r"""Step 1: a pointwise generative reward model (GRM): a language model that judges in words.
 
 A reward model says how good a response to a query is. A GRM also says why: it writes principles
-(the criteria that matter for this query), a critique of each response, and a score for each
-(Self-Principled Critique Tuning, arXiv 2504.02495, sections 2.1 and 3.1):
+(the criteria that matter for this query), a critique of each response, and a score for each, which
+makes it pointwise (Self-Principled Critique Tuning, arXiv 2504.02495, sections 2.1 and 3.1):
 
     {p_i} ~ p_theta(x, {y_i}),   C ~ r_theta(x, {y_i}, {p_i}),   {S_i} = extract(C)     (Eq. 7, 9)
 
@@ -19,7 +19,8 @@ r_theta are one model, which writes everything in one text. The embedded judge, 
     least 6 items no; 1 of 5.
     Scores: \boxed{8, 3}
 
-It is right, though nobody asked for 6 items. With --temperature 1 another sample errs elsewhere.
+Scores run from 1 to 10. The choice is right, though nobody asked for 6 items. Other samples have
+other errors (--temperature 1).
 
     python 01_pointwise_grm.py                                    the embedded judge, on a CPU
     python 01_pointwise_grm.py --query "Name a prime." --response "Seven." --response "Nine."

@@ -2,14 +2,14 @@
 
 A judge that is right half of the time writes good judgements already; it cannot tell which. Where
 the best response is known, we can. RFT (SPCT, arXiv 2504.02495, section 3.2) samples N_RFT = 3
-judgements of every item. It keeps those whose scores are correct,
+judgements (trajectories) of every item. It keeps those whose scores are correct,
 
-    S_j > S_i for all i != j, where j = argmax r;    of a single response S_1 = r_1,     (Eq. 10)
+    S_j > S_i for all i != j, where r_j is the highest reward; of one response S_1 = r_1,   (Eq. 10)
 
-but none of the three if all three are: there is little to learn. A fourth sample is hinted: its
+but if all three are correct, it keeps none: the item is too easy. A fourth sample is hinted: its
 prompt ends with the number of the best response. It brings in hard items, and is kept if correct.
 Then the model learns to write what was kept, after prompts without a hint. Nobody has labelled a
-principle or a critique: the scores select the text that led to them. A run prints, for example,
+principle or a critique: right scores are the only test of a text. A run prints, for example,
 
     trajectories       all        kept       wrong    too easy  unreadable
     no hint           2400         734        1214         423          29
@@ -19,7 +19,7 @@ principle or a critique: the scores select the text that led to them. A run prin
     python 02_rejective_ft.py --model google/gemma-3-1b-it --data train.jsonl
     python 02_rejective_ft.py --model google/gemma-2-27b-it --quantize nf4 --lora-r 16 --lr 5e-5 ...
 
-Without --teacher and --instruct-data, the model is its own teacher and learns no general data.
+Without --teacher and --instruct-data, the model learns from its own samples only.
 Writes runs/02_rejective_ft/: trajectories.jsonl, hard.jsonl (not too easy), log.jsonl, model/.
 """
 

@@ -1,21 +1,21 @@
-"""Step 3: rule-based online reinforcement learning (GRPO): the judge learns from its verdicts.
+"""Step 3: rule-based online reinforcement learning (GRPO): the judge learns from its own scores.
 
-Rejective fine-tuning learns from right judgements only, drawn once. Here the judge draws anew at
-every step and learns from the wrong ones too (SPCT, arXiv 2504.02495, section 3.2). For a prompt it
-writes G judgements, the rollouts. Judgement i earns
+Rejective fine-tuning learns from right judgements only, drawn once. Here the judge draws before
+each update, and learns from wrong ones too (SPCT, arXiv 2504.02495, section 3.2). For a prompt it
+writes G judgements, the rollouts. Judgement i (not response i) earns
 
     r_i = +1 if its scores are correct (Eq. 10), else -1, also if they are unreadable       (Eq. 11)
 
-GRPO compares it with its group: the advantage is A_i = (r_i - mean(r)) / std(r). A group that is
-all right or all wrong says nothing. Every token of judgement i is pushed by A_i. The clip keeps pi
-near pi_old, which drew it. The KL term keeps it near the model before step 1 (ref is its log pi):
+GRPO compares it with its group: the advantage is A_i = (r_i - mean(r)) / std(r). A group of equal
+r_i teaches nothing. Every token of judgement i is pushed by A_i. The clip keeps the judge pi near
+pi_old, which drew the group. The KL term keeps it near the judge at the start (ref is its log pi):
 
     L = -1/G sum_i 1/|o_i| sum_t [ min(ratio A_i, clip(ratio, 1 - eps, 1 + eps) A_i) - beta KL ]
     ratio = pi / pi_old,    KL = exp(ref - logp) - (ref - logp) - 1                         (Eq. 15)
 
-o_i are the tokens of judgement i. With UPDATES = 1 the ratio is always 1, its gradient is that of
-log pi, and the value of the loss is only beta KL: watch the reward. The format has no reward of its
-own: unreadable scores earn -1. With --lr 5e-4 the embedded judge goes from about -0.1 to 0.1.
+o_i are the tokens of judgement i, t is one of them. With UPDATES = 1 the ratio is 1, and the A_i
+cancel in the loss but not in its gradient: watch the reward. With --lr 5e-4 the embedded judge's
+mean reward rises from about -0.1 to 0.1.
 
     python 03_grpo.py                                            the judge after step 2, on a CPU
     python 03_grpo.py --model google/gemma-3-1b-it --data train.jsonl --lr 2e-5

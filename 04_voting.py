@@ -1,19 +1,19 @@
 """Step 4: inference-time scaling by voting: ask the same judge k times and add up its scores.
 
-A judgement rests on the principles that it happened to write, and its scores often tie. Another
-sample looks at other things and errs elsewhere. So (SPCT, arXiv 2504.02495, section 4) draw k
-judgements at temperature 0.5. Each shows the responses in another order, because a judge may favour
-a place. Put the scores back into the item's order, and add them up:
+A judgement depends on the principles that it happened to write, and its scores often tie. Another
+sample looks at other things and has other errors. So (SPCT, arXiv 2504.02495, section 4) draw k
+judgements at temperature 0.5. Each shows the responses in another order, because a judge may prefer
+one place. Put the scores back into the item's order, and add them up:
 
     S*_i = S_i1 + S_i2 + ... + S_ik              for response i, over the k samples         (Eq. 14)
 
-What the samples share adds up, different errors cancel. A sum has 9k + 1 values, so ties become
-rare. Others vote by the mean (Eq. 12) or by the majority of choices (Eq. 13).
+What the samples share adds up, different errors cancel. Scores are 1 to 10, so a sum has 9k + 1
+values and ties are rare. Two other votes: the mean (Eq. 12), the majority of choices (Eq. 13).
 
     python 04_voting.py                                         the latest judge in runs/, on CPU
     python 04_voting.py --model tests/tiny/judge --model runs/03_grpo/model
 
-Prints accuracy by k, as means over subsets. Writes runs/04_voting/: samples_1.jsonl, ...
+Prints mean accuracies of random sets of k. Writes runs/04_voting/: samples_1.jsonl, ...
 """
 
 from __future__ import annotations

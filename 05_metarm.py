@@ -10,15 +10,15 @@ is the meta reward, learnt by binary cross-entropy:
 It learns from what step 2 sampled without hints, right and wrong, and from fresh judgements of the
 judge that is to be guided: the later rollouts of step 3, or samples of step 4 on training items.
 Guided voting keeps, of k samples, the k_meta = k / 2 with the highest meta rewards and adds up
-those (Eq. 14). Nothing is asked twice: step 4's samples are voted on again. The truth serves only
-to measure: the oracle keeps the correct samples (all, if none is correct).
+those (Eq. 14). The samples are those of step 4. The oracle, only for comparison, knows the truth:
+it keeps the correct samples (all, if none is correct).
 
     python 05_metarm.py                                          the judge of step 4, on a CPU
     python 05_metarm.py --samples runs/04_voting/samples_2.jsonl --out runs/second
     python 05_metarm.py --learn runs/fresh/samples_1.jsonl --quantize nf4 --lr 1e-4
 
 A departure from the paper: judgements with a tie at the top are not learnt from. They are wrong by
-Eq. 10 and easily told, and decide nothing in a vote. Writes runs/05_metarm/: model/, log.jsonl,
+Eq. 10, easy to tell, and change little in a vote. Writes runs/05_metarm/: model/, log.jsonl,
 rewards.jsonl (a meta reward for each sample), results.json. tests/tools/plot.py draws the curves.
 """
 
