@@ -19,8 +19,7 @@ r_theta are one model, which writes everything in one text. The embedded judge, 
     least 6 items no; 1 of 5.
     Scores: \boxed{8, 3}
 
-Scores run from 1 to 10. The choice is right, though nobody asked for 6 items. Other samples have
-other errors (--temperature 1).
+Scores run from 1 to 10. The choice is right, though nobody asked for 6 items.
 
     python 01_pointwise_grm.py                                    the embedded judge, on a CPU
     python 01_pointwise_grm.py --query "Name a prime." --response "Seven." --response "Nine."
@@ -310,7 +309,7 @@ def probe(judgements: list[Judgement]) -> dict[str, list[Judgement]]:
 @torch.no_grad()
 def check_model(model, tokenizer) -> None:
     """Refuse a model for which the sampler computes other logits than its own forward pass, on two
-    prompts in one batch, for whatever reason. Raises UserError."""
+    prompts in one batch, for whatever reason. Say when bfloat16 is faster. Raises UserError."""
     prompts = [encode(tokenizer, SHOT), encode(tokenizer, SHOT, shots=True)]
     ends, size = end_tokens(model, tokenizer), model.get_input_embeddings().num_embeddings
     require(ends and max(prompts[1] + ends) < size, "no end token, or tokens that the model lacks")
@@ -329,6 +328,9 @@ def check_model(model, tokenizer) -> None:
     exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
     gap, limit = (found - own).abs().max() / own.abs().max(), 1e-3 if exact else 0.1
     require(gap < limit, f"this kind of model cannot be used: we compute what is {gap:.2g} off")
+    fast = torch.cpu.get_capabilities().get("avx512_bf16") and model.num_parameters() > 10**8
+    if fast and model.device.type == "cpu" and model.dtype == torch.float32:
+        print("this CPU takes about half of the time with --dtype bfloat16")
 
 
 TINY = Path(globals().get("__file__", "x")).resolve().parent / "tests/tiny"  # no __file__ in cells
@@ -362,9 +364,6 @@ def main():
     require(not (args.no_principles and args.shots), "--shots shows principles")
     model, tokenizer = load_model(args.model, args.quantize, args.dtype)
     check_model(model, tokenizer)
-    fast = torch.cpu.get_capabilities().get("avx512_bf16") and model.num_parameters() > 10**8
-    if fast and model.device.type == "cpu" and model.dtype == torch.float32:
-        print("this CPU takes about half of the time with --dtype bfloat16")
     run = None if args.query else Run(args)
     asked = []
     for number, item in enumerate(items):
