@@ -1,5 +1,6 @@
-"""tests/tools/convert_gguf.py: what it refuses, and a folder that it writes whole or not at all."""
+"""tests/tools: convert_gguf.py refuses in one line, writes whole folders; a row of the sheet."""
 
+import json
 import sys
 
 import pytest
@@ -7,6 +8,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "tools"))
 import convert_gguf
+import sheet
 
 
 def convert(monkeypatch, *arguments) -> None:
@@ -90,3 +92,24 @@ def test_convert_gguf_writes_a_folder_that_loads(monkeypatch, tmp_path, capsys):
     assert model.dtype == torch.bfloat16
     assert model.lm_head.weight[0, 0] == torch.tensor(0.1, dtype=torch.bfloat16)
     assert AutoTokenizer.from_pretrained(out)("abc")["input_ids"] == [4, 5]
+
+
+def test_a_row_of_the_sheet(tmp_path):
+    def of(mean):
+        return {"mean": mean, "se": 0.01, "n": 100}
+
+    def write(name, results):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(results))
+        return tmp_path / name
+
+    curves = {
+        name: {"1": {"sum": of(mean)}, "8": {"sum": of(mean + 0.1)}}
+        for name, mean in (("a", 0.5), ("b", 0.6), ("c", 0.7), ("c minus b", 0.1))
+    }
+    gains = write("gains", {"figures": curves})
+    empty = "| x | 50.0 ± 1.0 | 60.0 ± 1.0 | 70.0 ± 1.0 | 80.0 ± 1.0 |  |  |  |"
+    assert sheet.row("x", [gains]) == empty
+    rows = {"16 of 32": {"voting": of(0.75), "guided": of(0.78)}, "1 of 32": {}}
+    last = " | 75.0 ± 1.0 |  | 78.0 ± 1.0 |"
+    assert sheet.row("x", [gains, write("guided", {"rows": rows})]).endswith(last)
