@@ -13,11 +13,22 @@ LITTLE = {"--limit": "12", "--max-new-tokens": "160", "--k": "2", "--lora-r": "4
 MORE = {"02_rejective_ft.py": ["--epochs", "1"], "03_grpo.py": ["--steps", "2", "--prompts", "2"]}
 
 
-def commands() -> list[list[str]]:
-    """The commands of README's block, without `python`."""
+def commands() -> list[list[list[str]]]:
+    """The commands of README's blocks, without `python`: for 1B, and for 4B."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## A small Gemma")[2]
-    block = re.search(r"```bash\n(.*?)```", text, re.S)[1]
-    return [shlex.split(line)[1:] for line in block.strip().splitlines()]
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)[:2]
+    return [[shlex.split(line)[1:] for line in block.strip().splitlines()] for block in blocks]
+
+
+def test_the_second_block_is_the_first_with_another_model():
+    one, four = commands()
+    of_steps = [command for command in one if not command[0].endswith("export.py")]
+    assert len(four) == len(of_steps) == 5
+    rates = {"1e-4": "5e-5", "2e-5": "1e-5"}
+    for first, second in zip(of_steps, four):
+        words = [rates.get(word, word) for word in first]
+        words = [re.sub(r"\bruns/", "runs/4b-", word).replace("-1b-", "-4b-") for word in words]
+        assert words == second
 
 
 def little(script: str, *options: str) -> list[str]:
@@ -39,7 +50,7 @@ def test_the_commands_of_the_block_run_one_after_the_other(tmp_path, monkeypatch
             pairs.append({"prompt": item["query"], **texts})
     monkeypatch.chdir(tmp_path)
     scripts = []
-    for number, (script, *options) in enumerate(commands()):
+    for number, (script, *options) in enumerate(commands()[0]):
         scripts.append(script.rpartition("/")[2])
         if script.endswith("export.py"):
             source = tmp_path / f"{number}.jsonl"
