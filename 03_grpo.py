@@ -14,8 +14,7 @@ pi_old, which drew the group. The KL term keeps it near the judge at the start (
     ratio = pi / pi_old,    KL = exp(ref - logp) - (ref - logp) - 1                         (Eq. 15)
 
 o_i are the tokens of judgement i, t is one of them. With UPDATES = 1 the ratio is 1, and the A_i
-cancel in the loss but not in its gradient: watch the reward. With --lr 5e-4 the embedded judge's
-mean reward rises from about -0.1 to 0.1.
+cancel in the loss but not in its gradient: watch the reward.
 
     python 03_grpo.py                                            the judge after step 2, on a CPU
     python 03_grpo.py --model google/gemma-3-1b-it --data train.jsonl --lr 2e-5
@@ -39,7 +38,7 @@ import sys
 import time
 from collections import defaultdict, namedtuple
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -49,6 +48,7 @@ from tqdm import tqdm
 
 CLIP_EPS = 0.2
 UPDATES = 1  # of the policy on the same rollouts
+say_once = cache(print)
 
 
 def reward_of(scores: list[int] | None, rewards: list[float]) -> float:
@@ -98,17 +98,14 @@ def roll_out(model, tokenizer, items: list[Judgement], args, step: int) -> list[
         judgements = [read_into(replace(one), ids, tokenizer, args) for ids in outputs]
         rewards = [reward_of(of_one.scores, one.rewards) for of_one in judgements]
         advantages = group_advantages(rewards)
-        if all(outputs):  # there are none if the prompt is too long
-            groups.append(Group(prompt, sum(outputs, []), outputs, advantages, rewards, judgements))
-    return groups
+        groups.append(Group(prompt, sum(outputs, []), outputs, advantages, rewards, judgements))
+    return [group for group in groups if all(group.outputs)]  # a prompt was too long
 
 
 def group_log_probs(model, groups: list[Group]) -> torch.Tensor:
-    """Log-probabilities of all outputs' tokens, in the order of groups and outputs: (tokens,).
-
-    A group is one row: its prompt, read once, then its outputs, one after the other. `block_inputs`
-    lets each output see the prompt and itself, at the positions that it would have alone.
-    """
+    """Log-probabilities of all outputs' tokens, in the order of groups and outputs: (tokens,). A
+    group is one row: its prompt, then its outputs. `block_inputs` lets each output see the prompt
+    and itself, at the positions that it would have alone."""
     width = max(len(group.prompt) + len(group.completion) for group in groups)
     rows, sources, targets = [], [], sum((group.completion for group in groups), [])
     for row, group in enumerate(groups):
@@ -128,7 +125,7 @@ def group_log_probs(model, groups: list[Group]) -> torch.Tensor:
 
 def learn(model, reference, groups: list[Group], fixed: dict, args) -> dict[str, float]:
     """Add the gradient of Eq. 15 on rollouts. fixed: old and reference log-probabilities of each
-    micro-batch, kept by the first of several updates. Returns what a student should watch."""
+    micro-batch, kept by the first of several updates. Returns what to watch."""
     count, cuda = sum(len(group.outputs) for group in groups), model.device.type == "cuda"
     sums = torch.zeros(3, device=model.device)
     model.train()
@@ -169,7 +166,10 @@ def practise(model, reference, tokenizer, items, args, run: Run, first: int):
         judgements = sum((group.judgements for group in groups), [])
         run.write(f"rollouts/{step + 1:04}.jsonl", map(asdict, judgements))
         for _ in range(UPDATES):
-            yield watch(groups) | learn(model, reference, groups, fixed, args)
+            line = watch(groups) | learn(model, reference, groups, fixed, args)
+            if not line["signal"] or line["unreadable"] > 0.5 or line["kl"] > 1:
+                say_once("a collapse? no signal, half is unreadable, or the KL is above 1")
+            yield line
 
 
 def main():

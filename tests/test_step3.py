@@ -149,3 +149,18 @@ def test_rollouts_are_rewarded_by_the_truth(tmp_path):
         assert found.advantages == grpo.group_advantages(found.rewards)
     assert {found.judgements[0].item for found in groups} == {0, 1, 2, 3}
     assert {reward for found in groups for reward in found.rewards} == {1.0, -1.0}
+
+
+def test_a_collapse_is_said_once(monkeypatch, capsys):
+    told = []
+    for bad in ({}, {"signal": 0.0}, {"unreadable": 0.6}, {"kl": 1.5}):
+        grpo.say_once.cache_clear()
+        lines = [{"signal": 0.1, "unreadable": 0.5, "kl": 1.0} | bad for _ in range(3)]
+        monkeypatch.setattr(grpo, "roll_out", lambda *ask: [])
+        monkeypatch.setattr(grpo, "watch", lambda groups, lines=iter(lines): next(lines))
+        monkeypatch.setattr(grpo, "learn", lambda *ask: {})
+        run = SimpleNamespace(write=lambda *what: None)
+        steps = grpo.practise(None, None, None, [], None, run, 0)
+        assert [next(steps) for _ in range(3)] == lines
+        told.append(capsys.readouterr().out.count("a collapse?"))
+    assert told == [0, 1, 1, 1]
