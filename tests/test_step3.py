@@ -157,7 +157,8 @@ def test_a_collapse_is_said_once(monkeypatch, capsys):
         grpo.say_once.cache_clear()
         lines = [{"signal": 0.1, "unreadable": 0.5, "kl": 1.0} | bad for _ in range(3)]
         monkeypatch.setattr(grpo, "roll_out", lambda *ask: [])
-        monkeypatch.setattr(grpo, "watch", lambda groups, lines=iter(lines): next(lines))
+        draw = iter(lines).__next__
+        monkeypatch.setattr(grpo, "watch", lambda groups, draw=draw: draw())
         monkeypatch.setattr(grpo, "learn", lambda *ask: {})
         run = SimpleNamespace(write=lambda *what: None)
         steps = grpo.practise(None, None, None, [], None, run, 0)
