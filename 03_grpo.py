@@ -536,22 +536,22 @@ def block_inputs(model, tokens, keys) -> dict:
 class Batch:
     """Prompts in flight, a row (prompt, places of its completions) each: the prompt, padded on the
     left, then n columns a step, one for each completion (see `block_inputs`). They share the
-    prompt's keys and values. A step changes buffers in place and waits for nothing, so that CUDA
-    can record and repeat it (a graph). The first reads the prompt's last token, n times."""
+    prompt's keys and values. A step changes buffers in place and waits for nothing, so CUDA can
+    record and repeat it (a graph). The first reads the prompt's last token, n times."""
 
     def __init__(self, model, rows, temperature):
         self.model, self.temperature, device = model, temperature, model.device
         prompts, places = zip(*rows)
-        self.n, width = max(map(len, places)), max(map(len, prompts))
-        places = [*zip(*itertools.zip_longest(*places, fillvalue=-1))]  # -1: none, or it has ended
+        n, width = max(map(len, places)), max(2, *map(len, prompts))
+        places = [[*p] + [-1] * (n - len(p)) for p in places]  # -1: none, or it has ended
         self.places = torch.tensor(places, device=device)
-        ids = [[0] * (width - len(p)) + [*p] + [p[-1]] * (self.n - 1) for p in prompts]
+        ids = [[0] * (width - len(p)) + [*p] + [p[-1]] * (n - 1) for p in prompts]
         padding = torch.tensor([[width - len(p)] for p in prompts], device=device)
-        column = torch.arange(width + self.n - 1, device=device)
-        position = column.clamp(max=width - 1) - padding  # (rows, columns), below 0 in the padding
+        column = torch.arange(width + n - 1, device=device)
+        position = column.clamp(max=width - 1) - padding  # below 0 in the padding
         member = (column - width + 2).clamp(min=0).where(position >= 0, -1)
         self.tokens = torch.stack([torch.tensor(ids, device=device), member, position.clamp(min=0)])
-        self.visible = width - 1  # columns of the cache, which have been read, or will be
+        self.n, self.visible = 1, width - 1  # columns of the cache
         layer = partial(transformers.StaticLayer, self.visible)
         self.cache = transformers.Cache(layer_class_to_replicate=layer)
         self.read(column[: self.visible])
@@ -565,12 +565,12 @@ class Batch:
 
     def keep(self, rows, members, steps: int) -> None:
         """Go on with these `rows` (kept,), in each with these `members` (kept, n) of the last step,
-        counted from 0, and make room for so many more steps."""
+        counted from 0, and make room for more steps."""
         read, self.n = self.visible, members.shape[1]
         more = self.tokens[:, rows[:, None], read + members].repeat(1, 1, steps + 1)
         more[2] += torch.arange(more.shape[2], device=rows.device) // self.n
         self.tokens = torch.cat([self.tokens[:, rows, :read], more], 2)
-        self.last = torch.arange(read, read + self.n, device=rows.device)  # columns to read next
+        self.last = torch.arange(read, read + self.n, device=rows.device)  # to read
         self.places, self.visible = self.places[rows[:, None], members], read + self.n * steps
         pad = partial(torch.nn.functional.pad, pad=(0, 0, 0, self.n * steps))
         for layer in self.cache.layers:
@@ -596,8 +596,8 @@ class Batch:
         while left and (self.places >= 0).any():
             going, steps = (self.places >= 0).int(), min(64 if graphs else 8, left)
             rows, most = going.any(1).nonzero()[:, 0], int(going.sum(1).max())
+            advance, graph, left = self.advance, None, left - steps  # frees a graph
             self.keep(rows, going[rows].topk(most).indices, steps)
-            advance, left = self.advance, left - steps
             for step in range(steps):
                 if graphs and step == 1:  # step 0 has loaded kernels
                     graph = torch.cuda.CUDAGraph()
@@ -611,7 +611,7 @@ class Batch:
             for place, ids, length in zip(*found):
                 drawn[place] += ids[:length]
             self.places[lengths <= steps] = -1
-        return drawn
+        return {place: ids for place, ids in drawn.items() if place >= 0}
 
 
 def start(main) -> None:

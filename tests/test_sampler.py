@@ -80,6 +80,7 @@ def test_greedy_equals_generate(family, monkeypatch):
     assert len({*map(tuple, expected)}) >= 4 and len({*map(len, expected)}) > 1
     assert draw(model, prompts + prompts[:2], 2) == [[ids] * 2 for ids in expected + expected[:2]]
     assert draw(model, prompts[2:3]) == [expected[2:3]]
+    assert draw(model, prompts[4:]) == [expected[4:]]  # one token
     monkeypatch.setattr(grm, "BATCH", 24)
     many = grm.GROUP + 3
     assert draw(model, prompts[:3], many) == [[ids] * many for ids in expected[:3]]
@@ -177,3 +178,9 @@ def test_steps_can_be_recorded(family, temperature):
             assert tensors(batch) == before and len(before) > 8
             assert device == "meta" or not batch.tokens.equal(tokens)
         assert batch.tokens.shape == (3, 1, 3 + 2 * 4 + 5)
+
+
+def test_a_batch_gives_back_the_places_that_it_was_given():
+    batch = grm.Batch(random_model(), [([5, 6, 7], [3, 1, 4]), ([9, 8], [0])], 1.0)
+    drawn = batch.finish(24, list(range(3, 20)))
+    assert sorted(drawn) == [0, 1, 3, 4] and all(0 < len(ids) <= 24 for ids in drawn.values())
