@@ -101,7 +101,7 @@ def make_examples(model, tokenizer, kept: list[Judgement], args) -> list[Example
             raise UserError(f'{args.instruct_data}: no {{"messages"}}: {error}') from None
     end, prompts = end_tokens(model, tokenizer)[:1], [prompt for prompt, _ in pairs]
     texts = tokenizer([text for _, text in pairs], add_special_tokens=False)["input_ids"]
-    return [Example(prompt, ids + end) for prompt, ids in zip(prompts, texts)]
+    return [Example(p, ids + end) for p, ids in zip(prompts, texts) if len(p + ids) < MICRO_TOKENS]
 
 
 def completion_losses(model, examples: list[Example]) -> torch.Tensor:

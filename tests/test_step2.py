@@ -126,6 +126,9 @@ def test_examples_are_outputs_after_prompts_without_a_hint(tmp_path):
     prompt, completion = tokenizer.decode(mixed[3].prompt), mixed[3].completion
     assert "Be brief." in prompt and "Name a tool." in prompt and "Saw." not in prompt
     assert tokenizer.decode(completion[:-1]) == "Saw." and completion[-1] == end
+    messages[-1]["content"] = "Saw. " * rft.MICRO_TOKENS  # would not fit into a forward pass
+    file.write_text(json.dumps({"messages": messages}) + "\n")
+    assert rft.make_examples(model, tokenizer, kept, args) == examples
     file.write_text('{"messages": 3}')
     with pytest.raises(rft.UserError):
         rft.make_examples(model, tokenizer, kept, args)
