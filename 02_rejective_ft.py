@@ -12,8 +12,8 @@ Then the model learns to write what was kept, after prompts without a hint. Nobo
 principle or a critique: right scores are the only test of a text. A run prints, for example,
 
     trajectories       all        kept       wrong    too easy  unreadable
-    no hint           2400         734        1214         423          29
-    hinted             800         410         385           0           5
+    no hint           2400         715        1204         465          16
+    hinted             800         407         385           0           8
 
     python 02_rejective_ft.py                                    the embedded judge, on a CPU
     python 02_rejective_ft.py --model google/gemma-3-1b-it --data train.jsonl

@@ -67,13 +67,15 @@ def main():
     parser.add_argument("runs", nargs="+", help="folders of runs of steps 4 and 5")
     parser.add_argument("--out", default="figure.png", help="file to write")
     parser.add_argument("--title", default="", help="of the figure")
+    parser.add_argument("--names", nargs="*", default=[], metavar="OLD=NEW", help="of curves")
     parser.add_argument("--leave-out", nargs="*", default=[], help="names of curves")
     args = parser.parse_args()
     curves = {}
     for folder in args.runs:
         curves |= curves_of(folder)
     curves = {name: curve for name, curve in curves.items() if name not in args.leave_out}
-    plot(curves, args.out, args.title)
+    names = dict(pair.split("=", 1) for pair in args.names)
+    plot({names.get(name, name): curve for name, curve in curves.items()}, args.out, args.title)
     print(f"{len(curves)} curves in {args.out}")
 
 
