@@ -545,7 +545,7 @@ class Batch:
         position = column.clamp(max=width - 1) - padding  # below 0 in the padding
         member = (column - width + 2).clamp(min=0).where(position >= 0, -1)
         self.tokens = torch.stack([torch.tensor(ids, device=device), member, position.clamp(min=0)])
-        self.n, self.visible = 1, width - 1  # columns of the cache
+        self.n, self.visible = 1, width - 1  # logits, cache columns
         layer = partial(transformers.StaticLayer, self.visible)
         self.cache = transformers.Cache(layer_class_to_replicate=layer)
         self.read(column[: self.visible])

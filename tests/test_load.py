@@ -189,3 +189,14 @@ def test_gemma_3_270m_samples_what_generate_does(bits):
         ids = torch.tensor([prompt], device=model.device)
         wanted = model.generate(ids, do_sample=False, max_new_tokens=12)[0, len(prompt) :].tolist()
         assert ids_drawn and ids_drawn == wanted[: len(ids_drawn)]
+
+
+def test_bfloat16_is_advised_where_it_is_faster(monkeypatch, capsys):
+    model, tokenizer = grm.load_model(str(JUDGE))
+    for capable, size in ((True, 2 * 10**8), (False, 2 * 10**8), (True, 10**6)):
+        found = {"avx512_bf16": capable}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
+        monkeypatch.setattr(model, "num_parameters", lambda size=size: size)
+        grm.check_model(model, tokenizer)
+        told = "--dtype bfloat16" in capsys.readouterr().out
+        assert told == (capable and size > 10**8 and model.device.type == "cpu")
