@@ -6,10 +6,9 @@ judgements (trajectories) of every item. It keeps those whose scores are correct
 
     S_j > S_i for all i != j, where r_j is the highest reward; of one response S_1 = r_1,   (Eq. 10)
 
-but if all three are correct, it keeps none: the item is too easy. A fourth sample is hinted: its
-prompt ends with the number of the best response. It brings in hard items, and is kept if correct.
-Then the model learns to write what was kept, after prompts without a hint. Nobody has labelled a
-principle or a critique: right scores are the only test of a text. A run prints, for example,
+but if all three are correct, it keeps none: the item is too easy. A fourth sample is hinted, to
+bring in hard items: its prompt ends with the number of the best response. Then the model learns to
+write what was kept, without the hint. Right scores are the only test of a text. A run prints
 
     trajectories       all        kept       wrong    too easy  unreadable
     no hint           2400         715        1204         465          16
@@ -19,7 +18,6 @@ principle or a critique: right scores are the only test of a text. A run prints,
     python 02_rejective_ft.py --model google/gemma-3-1b-it --data train.jsonl
     python 02_rejective_ft.py --model google/gemma-2-27b-it --quantize nf4 --lora-r 16 --lr 5e-5 ...
 
-Without --teacher and --instruct-data, the model learns from its own samples only.
 Writes runs/02_rejective_ft/: trajectories.jsonl, hard.jsonl (not too easy), log.jsonl, model/.
 """
 
@@ -136,6 +134,7 @@ def main():
     option("--ablate", choices=["no-hinted", "no-non-hinted", "keep-all"], help="Table 4")
     option("--instruct-data", metavar="FILE", help="general instruction data, mixed in one to one")
     option("--shots", action="store_true", help="sample after a worked example, for base models")
+    option("--temperature", type=float, default=1.0, help="of the samples (base models: 0.5)")
     option("--lora-r", type=int, default=0, help="rank of adapters; 0 trains all weights")
     option("--lr", type=float, default=1e-3, help="peak learning rate (the paper: 5e-6)")
     option("--epochs", type=float, default=2.0, help="passes over the examples")
@@ -149,7 +148,8 @@ def main():
     model, tokenizer = own = load_model(args.model, args.quantize, args.dtype)
     teacher = load_model(args.teacher, args.quantize, args.dtype) if args.teacher else own
     run = Run(args)
-    trajectories = judge(*teacher, ask(items, args), 1.0, args, run, "trajectories.jsonl")
+    asked = ask(items, args)
+    trajectories = judge(*teacher, asked, args.temperature, args, run, "trajectories.jsonl")
     for _, group in itertools.groupby(trajectories, key=lambda one: one.item):
         reject(list(group), args.ablate == "keep-all")
     run.write("trajectories.jsonl", map(asdict, trajectories))

@@ -1,17 +1,18 @@
 """Step 2: what is asked, rejected and learnt; the training and saving that later steps share."""
 
+import contextlib
 import gc
 import itertools
 import json
 import math
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import peft
 import pytest
 import torch
-from conftest import JUDGE, load_script
+from conftest import JUDGE, load_script, run_here
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 rft = load_script("02_rejective_ft")
@@ -104,6 +105,20 @@ def test_ask_three_times_without_and_once_with_a_hint(tmp_path):
     assert rft.ask(items, options(tmp_path, ablate="no-non-hinted")) == asked[3::4]
     plain = [one for one in asked if not one.hint]
     assert rft.ask(items, options(tmp_path, ablate="no-hinted")) == plain
+
+
+def test_samples_are_drawn_at_the_temperature_asked_for(tmp_path, monkeypatch):
+    items = rft.read_lines(JUDGE.parent / "train.jsonl")
+    single = [one for one in items if len(one.responses) == 1][:3]  # there is one order only
+    data, found = tmp_path / "data.jsonl", []
+    data.write_text("".join(json.dumps(asdict(one)) + "\n" for one in single))
+    for heat in ("0", "1"):
+        with contextlib.suppress(SystemExit):  # all may be too easy
+            wanted = "--data", data, "--temperature", heat, "--epochs", "0.1", "--out", heat
+            run_here(monkeypatch, tmp_path, "02_rejective_ft.py", *wanted)
+        drawn = rft.read_lines(tmp_path / heat / "trajectories.jsonl")
+        found.append([len({one.output for one in drawn[4 * i :][:3]}) for i in range(3)])
+    assert found[0] == [1, 1, 1] and max(found[1]) > 1
 
 
 def test_examples_are_outputs_after_prompts_without_a_hint(tmp_path):

@@ -3,7 +3,8 @@
     python tests/tools/plot.py runs/04_voting runs/05_metarm --out figure.png
 
 Curves: each model of step 4 (the sum of its samples); of step 5 guided voting and the oracle. Bands
-are one standard error. Curves differ in shade and marker, so that they stay apart in grey.
+are one standard error. Curves of different judges differ in shade; voting is dashed, and every curve
+has a marker of its own, so that they stay apart in grey.
 """
 
 import argparse
@@ -24,8 +25,8 @@ def curves_of(folder: str) -> dict[str, dict[int, dict]]:
     for title, row in results.get("rows", {}).items():
         k_meta, _, k = title.partition(" of ")
         if k.isdigit() and int(k_meta) == max(1, round(results["settings"]["k_meta"] * int(k))):
-            found.setdefault("guided", {})[int(k)] = row["guided"]
-            found.setdefault("oracle", {})[int(k)] = row["oracle"]
+            for kind in ("guided", "oracle"):
+                found.setdefault(f"{kind}, {Path(folder).name}", {})[int(k)] = row[kind]
     return found
 
 
@@ -44,14 +45,17 @@ def plot(curves: dict[str, dict[int, dict]], path: str, title: str = "") -> None
     places = label_places(
         {name: 100 * [*curve.values()][-1]["mean"] for name, curve in curves.items()}
     )
+    judges = list(dict.fromkeys(name.partition(", ")[2] for name in curves))
     for number, (name, curve) in enumerate(curves.items()):
         mean = [100 * row["mean"] for row in curve.values()]
         error = [100 * row["se"] for row in curve.values()]
         low = [m - e for m, e in zip(mean, error)]
         high = [m + e for m, e in zip(mean, error)]
-        shade = str(0.65 * number / max(1, len(curves) - 1))
+        kind, _, judge = name.partition(", ")
+        shade = str(0.65 - 0.65 * judges.index(judge) / max(1, len(judges) - 1))
+        style = {"voting": "--"}.get(kind, "-")
         axes.fill_between(list(curve), low, high, color=shade, alpha=0.15, linewidth=0)
-        axes.plot(list(curve), mean, "os^Dv"[number % 5] + "-", color=shade, linewidth=2)
+        axes.plot(list(curve), mean, "os^Dv*"[number % 6] + style, color=shade, linewidth=2)
         label = name.replace("$", r"\$")
         axes.text(1.1 * max(curve), places[name], label, color=shade, va="center")
         axes.set_xscale("log")
@@ -68,12 +72,13 @@ def main():
     parser.add_argument("--out", default="figure.png", help="file to write")
     parser.add_argument("--title", default="", help="of the figure")
     parser.add_argument("--names", nargs="*", default=[], metavar="OLD=NEW", help="of curves")
-    parser.add_argument("--leave-out", nargs="*", default=[], help="names of curves")
+    parser.add_argument("--leave-out", nargs="*", default=[], help="beginnings of names")
     args = parser.parse_args()
     curves = {}
     for folder in args.runs:
         curves |= curves_of(folder)
-    curves = {name: curve for name, curve in curves.items() if name not in args.leave_out}
+    out = tuple(args.leave_out)
+    curves = {name: curve for name, curve in curves.items() if not name.startswith(out)}
     names = dict(pair.split("=", 1) for pair in args.names)
     plot({names.get(name, name): curve for name, curve in curves.items()}, args.out, args.title)
     print(f"{len(curves)} curves in {args.out}")
