@@ -1,8 +1,8 @@
 r"""Step 1: a pointwise generative reward model (GRM): a language model that judges in words.
 
 A reward model says how good a response to a query is. A GRM also says why: it writes principles
-(the criteria that matter for this query), a critique of each response, and a score for each, which
-makes it pointwise (Self-Principled Critique Tuning, arXiv 2504.02495, sections 2.1 and 3.1):
+(the criteria that matter for this query), then a critique. It is pointwise: it scores each response
+(Self-Principled Critique Tuning, SPCT, arXiv 2504.02495, sections 2.1 and 3.1):
 
     {p_i} ~ p_theta(x, {y_i}),   C ~ r_theta(x, {y_i}, {p_i}),   {S_i} = extract(C)     (Eq. 7, 9)
 
@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """What the user can put right: it is told in one line."""
+    """A mistake that the user can mend: it is told in one line."""
 
 
 def require(condition, message: str) -> None:
@@ -84,9 +84,9 @@ class Judgement:
         turns = [] if isinstance(self.query, str) else self.query
         require(self.query and all(turn["role"] + turn["content"] for turn in turns), "no query")
         n, best = len({text.strip() for text in self.responses} - {""}), max(self.rewards)
-        require(n == len(self.responses) == len(self.rewards), "not n responses and n rewards")
+        require(n == len(self.responses) == len(self.rewards), "equal, empty or unrated responses")
         fine = self.rewards.count(best) == 1 and (n > 1 or best in (0, 1))
-        require(fine and math.isfinite(sum(self.rewards)), "no best reward, or one not 0 or 1")
+        require(fine and math.isfinite(sum(self.rewards)), "not one best reward (of one: 0, 1)")
 
 
 def show(item: Judgement, number: int, order: list[int], **more) -> Judgement:
@@ -197,8 +197,8 @@ DECORATION = re.compile(r"\\(?:text|mathbf|[,;: ])|[{}$*`\s]")
 
 
 def read_scores(text: str, n: int, binary: bool = False) -> tuple[list[int] | None, str]:
-    """extract(C) of Eq. 7: n whole numbers in 1..10 (0..1 if binary), or None and the reason: the
-    first box after the last line that begins with "Scores:", unless it is thought (<think>)."""
+    """extract(C) of Eq. 7, from the first box after the last "Scores:" line; <think> parts do not
+    count. Returns n whole numbers in 1..10 (binary: 0..1) and "", or None and the reason."""
     text = text.rpartition("</think>")[2]
     labels = [*LABEL.finditer("" if text.lstrip().startswith("<think>") else text)]
     box = BOX.search(text, labels[-1].end()) if labels else None
@@ -219,7 +219,7 @@ def is_correct(scores: list[float] | None, rewards: list[float]) -> bool:
 
 
 def chance_of_best(scores: list[float] | None, rewards: list[float]) -> float:
-    """Chance that the argmax of the scores is the best response; ties are tossed, None ties all."""
+    """Chance that the best response has the top score; ties break at random, None ties all."""
     scores = scores or [0] * len(rewards)
     return float(scores[rewards.index(max(rewards))] == max(scores)) / scores.count(max(scores))
 
@@ -245,7 +245,7 @@ def read_into(one: Judgement, ids: list[int], tokenizer, args) -> Judgement:
 
 
 def judge(model, tokenizer, asked, temperature, args, run, name) -> list[Judgement]:
-    """Judge all that is asked but what the run's file `name` holds. It grows by CHUNK at a time."""
+    """Judge what is asked and not in the run's file `name` yet. It grows by CHUNK at a time."""
     path = run.folder / name
     done = read_lines(path) if path.exists() else []
     for first in range(len(done), len(asked), CHUNK):
@@ -258,8 +258,8 @@ def judge(model, tokenizer, asked, temperature, args, run, name) -> list[Judgeme
 
 
 def roc_auc(scores: list[float | None], right: list[bool]) -> list[float]:
-    """Values, one a score, whose mean is the area under the ROC curve (nan without both kinds) and
-    whose spread gives its error (DeLong 1988). Ties and unreadable scores (None) count half."""
+    """One value per score. The mean is the area under the ROC curve (nan without both kinds), the
+    spread gives its error (DeLong 1988). Ties and unreadable scores (None) count half."""
     score = torch.tensor([math.nan if s is None else s for s in scores], dtype=torch.float64)
     right = torch.tensor(right, dtype=torch.bool)
     ahead = (score[right][:, None] - score[~right]).sign().nan_to_num(0.0)
@@ -295,7 +295,7 @@ def measure(judgements: list[Judgement]) -> dict[str, dict]:
 
 
 def probe(judgements: list[Judgement]) -> dict[str, list[Judgement]]:
-    """What may sway a judge: another order of the responses, and scores at the end of the worst."""
+    """Two tests of a judge: the responses in reverse order, and false scores in the worst one."""
     turned, swayed = [], []
     for one in judgements:
         places, worst = list(range(len(one.responses))), one.rewards.index(min(one.rewards))
@@ -308,8 +308,8 @@ def probe(judgements: list[Judgement]) -> dict[str, list[Judgement]]:
 
 @torch.no_grad()
 def check_model(model, tokenizer) -> None:
-    """Refuse a model for which the sampler computes other logits than its own forward pass, on two
-    prompts in one batch, for whatever reason. Say when bfloat16 is faster. Raises UserError."""
+    """Refuse a model if the sampler's logits are not those of its own forward pass, for two prompts
+    in one batch. Say when bfloat16 is faster. Raises UserError."""
     prompts = [encode(tokenizer, SHOT), encode(tokenizer, SHOT, shots=True)]
     ends, size = end_tokens(model, tokenizer), model.get_input_embeddings().num_embeddings
     require(ends and max(prompts[1] + ends) < size, "no end token, or tokens that the model lacks")
@@ -327,7 +327,7 @@ def check_model(model, tokenizer) -> None:
     found, own = batch.advance()[:, 1], torch.stack(own)
     exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
     gap, limit = (found - own).abs().max() / own.abs().max(), 1e-3 if exact else 0.1
-    require(gap < limit, f"this kind of model cannot be used: we compute what is {gap:.2g} off")
+    require(gap < limit, f"this kind of model cannot be used: our logits are {gap:.2g} off")
     fast = torch.cpu.get_capabilities().get("avx512_bf16") and model.num_parameters() > 10**8
     if fast and model.device.type == "cpu" and model.dtype == torch.float32:
         print("this CPU takes about half of the time with --dtype bfloat16")
@@ -349,7 +349,7 @@ def main():
     option("--response", action="append", default=[], help="a response to --query; repeat it")
     option("--shots", action="store_true", help="a worked example first, for base models")
     option("--no-principles", action="store_true", help="critique and scores only (Table 4)")
-    option("--probe", metavar="N", type=int, default=0, help="try to sway the first N comparisons")
+    option("--probe", metavar="N", type=int, default=0, help="N items: new order, false scores")
     option("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     option("--max-new-tokens", type=int, default=512, help="longest judgement, in tokens")
     option("--seed", type=int, default=0, help="of the sampling")
@@ -361,7 +361,7 @@ def main():
     if args.query:  # the truth is not known: any rewards will do
         items = [Judgement(args.query, args.response, [1, *[0] * (len(args.response) - 1)])]
     require(items, f"{args.data}: no items to judge")
-    require(not (args.no_principles and args.shots), "--shots shows principles")
+    require(not (args.no_principles and args.shots), "--shots needs principles")
     model, tokenizer = load_model(args.model, args.quantize, args.dtype)
     check_model(model, tokenizer)
     run = None if args.query else Run(args)
@@ -399,7 +399,7 @@ progress = partial(tqdm, delay=10, mininterval=10, disable=RANK > 0)
 
 class Run:
     """The folder of a run. A new run moves what the folder holds to NAME.1, NAME.2, ...; --resume
-    goes on with it. Ranks meet here, and rank 0 alone writes. Raises UserError."""
+    goes on with it. Ranks meet here; only rank 0 writes. Raises UserError."""
 
     def __init__(self, args):
         self.folder, self.start, self.settings = Path(args.out), time.time(), dict(vars(args))

@@ -6,9 +6,9 @@ judgements (trajectories) of every item. It keeps those whose scores are correct
 
     S_j > S_i for all i != j, where r_j is the highest reward; of one response S_1 = r_1,   (Eq. 10)
 
-but if all three are correct, it keeps none: the item is too easy. A fourth sample is hinted, to
-bring in hard items: its prompt ends with the number of the best response. Then the model learns to
-write what was kept, without the hint. Right scores are the only test of a text. A run prints
+but none of the three if all are correct: the item is too easy. A fourth sample is hinted, to bring
+in hard items: its prompt ends with the number of the best response. Then the model learns to write
+what was kept, without the hint. Only its scores were tested, not its text. A run prints
 
     trajectories       all        kept       wrong    too easy  unreadable
     no hint           2400         715        1204         465          16
@@ -131,7 +131,7 @@ def main():
     option("--teacher", help="the model that is sampled; by default --model")
     option("--data", default=str(TINY / "train.jsonl"), help="preferences to learn from")
     option("--limit", type=int, default=800, help="use the first N items")
-    option("--ablate", choices=["no-hinted", "no-non-hinted", "keep-all"], help="Table 4")
+    option("--ablate", choices=["no-hinted", "no-non-hinted", "keep-all"], help="omit (Table 4)")
     option("--instruct-data", metavar="FILE", help="general instruction data, mixed in one to one")
     option("--shots", action="store_true", help="sample after a worked example, for base models")
     option("--temperature", type=float, default=1.0, help="of the samples (base models: 0.5)")
@@ -200,12 +200,12 @@ def token_log_probs(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch
 
 
 def set_trainable(model, args) -> None:
-    """Train the adapters that the model has, or new ones on all linear layers of its blocks if
-    --lora-r says so, or else all weights, in float32."""
+    """Train the model's adapters. If it has none: new ones on all linear layers of its blocks
+    (--lora-r), or all weights, in float32."""
     if args.lora_r and not any("lora_" in name for name, _ in model.named_parameters()):
         torch.manual_seed(args.seed)
         sees = ".*(vision|audio).*" if hasattr(model.config, "vision_config") else None
-        kind = {"target_modules": "all-linear", "exclude_modules": sees}  # what sees stays as it is
+        kind = {"target_modules": "all-linear", "exclude_modules": sees}  # not eyes and ears
         model.add_adapter(LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r, **kind))
     adapters = [p for name, p in model.named_parameters() if "lora_" in name]
     require(adapters or not getattr(model, "is_quantized", False), "--quantize needs --lora-r")
@@ -233,8 +233,8 @@ def micro_batches(examples: list):
 
 def train(model, tokenizer, steps: int, gradients, args, run: Run) -> list[dict]:
     """AdamW, clipped to norm 1; the learning rate rises linearly in a tenth of the steps and falls
-    along a cosine to a tenth of its peak. gradients(first) yields step after step, from the first
-    on: each time it has left this rank's gradients, and says what to log. Goes on from the run's
+    along a cosine to a tenth of its peak. gradients(first) yields once a step, from step `first`
+    on: it has left this rank's gradients, and yields what to log. Goes on from the run's
     checkpoint; saves all weights, or the adapters in PEFT's format, in model/. Returns the log."""
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     adam = torch.optim.AdamW(weights.values(), args.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -291,7 +291,7 @@ def descend(model, examples: list[Example], losses_of, size: int, seed: int, fir
 
 
 class UserError(Exception):
-    """What the user can put right: it is told in one line."""
+    """A mistake that the user can mend: it is told in one line."""
 
 
 def require(condition, message: str) -> None:
@@ -324,9 +324,9 @@ class Judgement:
         turns = [] if isinstance(self.query, str) else self.query
         require(self.query and all(turn["role"] + turn["content"] for turn in turns), "no query")
         n, best = len({text.strip() for text in self.responses} - {""}), max(self.rewards)
-        require(n == len(self.responses) == len(self.rewards), "not n responses and n rewards")
+        require(n == len(self.responses) == len(self.rewards), "equal, empty or unrated responses")
         fine = self.rewards.count(best) == 1 and (n > 1 or best in (0, 1))
-        require(fine and math.isfinite(sum(self.rewards)), "no best reward, or one not 0 or 1")
+        require(fine and math.isfinite(sum(self.rewards)), "not one best reward (of one: 0, 1)")
 
 
 def show(item: Judgement, number: int, order: list[int], **more) -> Judgement:
@@ -437,8 +437,8 @@ DECORATION = re.compile(r"\\(?:text|mathbf|[,;: ])|[{}$*`\s]")
 
 
 def read_scores(text: str, n: int, binary: bool = False) -> tuple[list[int] | None, str]:
-    """extract(C) of Eq. 7: n whole numbers in 1..10 (0..1 if binary), or None and the reason: the
-    first box after the last line that begins with "Scores:", unless it is thought (<think>)."""
+    """extract(C) of Eq. 7, from the first box after the last "Scores:" line; <think> parts do not
+    count. Returns n whole numbers in 1..10 (binary: 0..1) and "", or None and the reason."""
     text = text.rpartition("</think>")[2]
     labels = [*LABEL.finditer("" if text.lstrip().startswith("<think>") else text)]
     box = BOX.search(text, labels[-1].end()) if labels else None
@@ -470,7 +470,7 @@ def read_into(one: Judgement, ids: list[int], tokenizer, args) -> Judgement:
 
 
 def judge(model, tokenizer, asked, temperature, args, run, name) -> list[Judgement]:
-    """Judge all that is asked but what the run's file `name` holds. It grows by CHUNK at a time."""
+    """Judge what is asked and not in the run's file `name` yet. It grows by CHUNK at a time."""
     path = run.folder / name
     done = read_lines(path) if path.exists() else []
     for first in range(len(done), len(asked), CHUNK):
@@ -496,7 +496,7 @@ progress = partial(tqdm, delay=10, mininterval=10, disable=RANK > 0)
 
 class Run:
     """The folder of a run. A new run moves what the folder holds to NAME.1, NAME.2, ...; --resume
-    goes on with it. Ranks meet here, and rank 0 alone writes. Raises UserError."""
+    goes on with it. Ranks meet here; only rank 0 writes. Raises UserError."""
 
     def __init__(self, args):
         self.folder, self.start, self.settings = Path(args.out), time.time(), dict(vars(args))

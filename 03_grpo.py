@@ -1,20 +1,20 @@
-"""Step 3: rule-based online reinforcement learning (GRPO): the judge learns from its own scores.
+"""Step 3: rule-based online reinforcement learning: group relative policy optimization (GRPO).
 
-Rejective fine-tuning learns from right judgements only, drawn once. Here the judge draws before
-each update, and learns from wrong ones too (SPCT, arXiv 2504.02495, section 3.2). For a prompt it
-writes G judgements, the rollouts. Judgement i (not response i) earns
+Rejective fine-tuning learns from right judgements only, drawn once. Here the judge draws new ones
+before each update, and learns from wrong ones too (SPCT, arXiv 2504.02495, section 3.2). It writes
+G judgements of a prompt, the rollouts. Judgement i (not response i) earns
 
     r_i = +1 if its scores are correct (Eq. 10), else -1, also if they are unreadable       (Eq. 11)
 
 GRPO compares it with its group: the advantage is A_i = (r_i - mean(r)) / std(r). A group of equal
-r_i teaches nothing. Every token of judgement i is pushed by A_i. The clip keeps the judge pi near
-pi_old, which drew the group. The KL term keeps it near the judge at the start (ref is its log pi):
+r_i teaches nothing. A_i > 0 makes judgement i likelier. The clip keeps the judge pi near pi_old,
+which drew the group. The KL term keeps it near the first judge (logp and ref are their log pi):
 
     L = -1/G sum_i 1/|o_i| sum_t [ min(ratio A_i, clip(ratio, 1 - eps, 1 + eps) A_i) - beta KL ]
     ratio = pi / pi_old,    KL = exp(ref - logp) - (ref - logp) - 1                         (Eq. 15)
 
-o_i are the tokens of judgement i, t is one of them. With UPDATES = 1 the ratio is 1, and the A_i
-cancel in the loss but not in its gradient: watch the reward.
+o_i are the tokens of judgement i, t is one of them. With UPDATES = 1 the ratio is 1 and the A_i
+sum to 0 in the loss, but not in its gradient: watch the reward.
 
     python 03_grpo.py                                            the judge after step 2, on a CPU
     python 03_grpo.py --model google/gemma-3-1b-it --data train.jsonl --lr 2e-5
@@ -177,13 +177,13 @@ def main():
     option = parser.add_argument
     step2, tiny = Path("runs/02_rejective_ft"), [TINY / "judge", TINY / "train.jsonl"]
     model, data = [step2 / "model", step2 / "hard.jsonl"] if (step2 / "model").exists() else tiny
-    option("--model", default=str(model), help="of step 2, or as in step 1")
+    option("--model", default=str(model), help="folder, Hub name or LoRA folder")
     option("--quantize", choices=BITS, default="none", help="weights in 8 or 4 bits")
     option("--dtype", choices=DTYPES, default="auto", help="of the weights")
     option("--data", default=str(data), help="preferences to learn from, not too easy ones")
     option("--limit", type=int, default=600, help="use the first N items")
-    option("--steps", type=int, default=40, help="rollouts")
-    option("--prompts", type=int, default=16, help="prompts a step")
+    option("--steps", type=int, default=40, help="updates")
+    option("--prompts", type=int, default=16, help="prompts per step")
     option("--group-size", type=int, default=8, help="G, judgements of each prompt (the paper: 4)")
     option("--beta", type=float, default=0.08, help="weight of the KL term (the paper's for 27B)")
     option("--lr", type=float, default=1.2e-4, help="peak learning rate (the paper: 4e-7)")
@@ -212,7 +212,7 @@ def main():
 
 
 class UserError(Exception):
-    """What the user can put right: it is told in one line."""
+    """A mistake that the user can mend: it is told in one line."""
 
 
 def require(condition, message: str) -> None:
@@ -245,9 +245,9 @@ class Judgement:
         turns = [] if isinstance(self.query, str) else self.query
         require(self.query and all(turn["role"] + turn["content"] for turn in turns), "no query")
         n, best = len({text.strip() for text in self.responses} - {""}), max(self.rewards)
-        require(n == len(self.responses) == len(self.rewards), "not n responses and n rewards")
+        require(n == len(self.responses) == len(self.rewards), "equal, empty or unrated responses")
         fine = self.rewards.count(best) == 1 and (n > 1 or best in (0, 1))
-        require(fine and math.isfinite(sum(self.rewards)), "no best reward, or one not 0 or 1")
+        require(fine and math.isfinite(sum(self.rewards)), "not one best reward (of one: 0, 1)")
 
 
 def show(item: Judgement, number: int, order: list[int], **more) -> Judgement:
@@ -358,8 +358,8 @@ DECORATION = re.compile(r"\\(?:text|mathbf|[,;: ])|[{}$*`\s]")
 
 
 def read_scores(text: str, n: int, binary: bool = False) -> tuple[list[int] | None, str]:
-    """extract(C) of Eq. 7: n whole numbers in 1..10 (0..1 if binary), or None and the reason: the
-    first box after the last line that begins with "Scores:", unless it is thought (<think>)."""
+    """extract(C) of Eq. 7, from the first box after the last "Scores:" line; <think> parts do not
+    count. Returns n whole numbers in 1..10 (binary: 0..1) and "", or None and the reason."""
     text = text.rpartition("</think>")[2]
     labels = [*LABEL.finditer("" if text.lstrip().startswith("<think>") else text)]
     box = BOX.search(text, labels[-1].end()) if labels else None
@@ -405,7 +405,7 @@ progress = partial(tqdm, delay=10, mininterval=10, disable=RANK > 0)
 
 class Run:
     """The folder of a run. A new run moves what the folder holds to NAME.1, NAME.2, ...; --resume
-    goes on with it. Ranks meet here, and rank 0 alone writes. Raises UserError."""
+    goes on with it. Ranks meet here; only rank 0 writes. Raises UserError."""
 
     def __init__(self, args):
         self.folder, self.start, self.settings = Path(args.out), time.time(), dict(vars(args))
@@ -646,12 +646,12 @@ def token_log_probs(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch
 
 
 def set_trainable(model, args) -> None:
-    """Train the adapters that the model has, or new ones on all linear layers of its blocks if
-    --lora-r says so, or else all weights, in float32."""
+    """Train the model's adapters. If it has none: new ones on all linear layers of its blocks
+    (--lora-r), or all weights, in float32."""
     if args.lora_r and not any("lora_" in name for name, _ in model.named_parameters()):
         torch.manual_seed(args.seed)
         sees = ".*(vision|audio).*" if hasattr(model.config, "vision_config") else None
-        kind = {"target_modules": "all-linear", "exclude_modules": sees}  # what sees stays as it is
+        kind = {"target_modules": "all-linear", "exclude_modules": sees}  # not eyes and ears
         model.add_adapter(LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r, **kind))
     adapters = [p for name, p in model.named_parameters() if "lora_" in name]
     require(adapters or not getattr(model, "is_quantized", False), "--quantize needs --lora-r")
@@ -679,8 +679,8 @@ def micro_batches(examples: list):
 
 def train(model, tokenizer, steps: int, gradients, args, run: Run) -> list[dict]:
     """AdamW, clipped to norm 1; the learning rate rises linearly in a tenth of the steps and falls
-    along a cosine to a tenth of its peak. gradients(first) yields step after step, from the first
-    on: each time it has left this rank's gradients, and says what to log. Goes on from the run's
+    along a cosine to a tenth of its peak. gradients(first) yields once a step, from step `first`
+    on: it has left this rank's gradients, and yields what to log. Goes on from the run's
     checkpoint; saves all weights, or the adapters in PEFT's format, in model/. Returns the log."""
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     adam = torch.optim.AdamW(weights.values(), args.lr, betas=(0.9, 0.95), weight_decay=0.0)

@@ -2,12 +2,12 @@
 
 A judgement depends on the principles that it happened to write, and its scores often tie. Another
 sample looks at other things and has other errors. So (SPCT, arXiv 2504.02495, section 4) draw k
-judgements at temperature 0.5. Each shows the responses in another order, because a judge may prefer
-one place. Put the scores back into the item's order, and add them up:
+judgements at temperature 0.5. Each shows the responses in a random order: a judge may prefer one
+place. Put the scores back into the item's order, and add them up:
 
     S*_i = S_i1 + S_i2 + ... + S_ik              for response i, over the k samples         (Eq. 14)
 
-What the samples share adds up, different errors cancel. Scores are 1 to 10, so a sum has 9k + 1
+What samples share adds up. Different errors cancel. Scores are 1 to 10, so a sum has 9k + 1
 values and ties are rare. Two other votes: the mean (Eq. 12), the majority of choices (Eq. 13).
 
     python 04_voting.py                                         the latest judge in runs/, on CPU
@@ -68,7 +68,7 @@ def vote_majority(scores: torch.Tensor) -> torch.Tensor:
 def subsets(values: torch.Tensor, k: int, rounds: int = 100):
     """Random subsets of k of each item's samples, of values (items, samples, ...): a round yields
     (items, samples // k, k, ...). Its subsets share no sample: for k = 1 and k = samples one round
-    is exact. Other values are drawn alike."""
+    is exact. Every call draws the same."""
     (items, total), generator = values.shape[:2], torch.Generator().manual_seed(0)
     for _ in range(1 if k in (1, total) else rounds):
         order = torch.rand(items, total, generator=generator).argsort(-1)
@@ -171,7 +171,7 @@ def main():
 
 
 class UserError(Exception):
-    """What the user can put right: it is told in one line."""
+    """A mistake that the user can mend: it is told in one line."""
 
 
 def require(condition, message: str) -> None:
@@ -204,9 +204,9 @@ class Judgement:
         turns = [] if isinstance(self.query, str) else self.query
         require(self.query and all(turn["role"] + turn["content"] for turn in turns), "no query")
         n, best = len({text.strip() for text in self.responses} - {""}), max(self.rewards)
-        require(n == len(self.responses) == len(self.rewards), "not n responses and n rewards")
+        require(n == len(self.responses) == len(self.rewards), "equal, empty or unrated responses")
         fine = self.rewards.count(best) == 1 and (n > 1 or best in (0, 1))
-        require(fine and math.isfinite(sum(self.rewards)), "no best reward, or one not 0 or 1")
+        require(fine and math.isfinite(sum(self.rewards)), "not one best reward (of one: 0, 1)")
 
 
 def show(item: Judgement, number: int, order: list[int], **more) -> Judgement:
@@ -317,8 +317,8 @@ DECORATION = re.compile(r"\\(?:text|mathbf|[,;: ])|[{}$*`\s]")
 
 
 def read_scores(text: str, n: int, binary: bool = False) -> tuple[list[int] | None, str]:
-    """extract(C) of Eq. 7: n whole numbers in 1..10 (0..1 if binary), or None and the reason: the
-    first box after the last line that begins with "Scores:", unless it is thought (<think>)."""
+    """extract(C) of Eq. 7, from the first box after the last "Scores:" line; <think> parts do not
+    count. Returns n whole numbers in 1..10 (binary: 0..1) and "", or None and the reason."""
     text = text.rpartition("</think>")[2]
     labels = [*LABEL.finditer("" if text.lstrip().startswith("<think>") else text)]
     box = BOX.search(text, labels[-1].end()) if labels else None
@@ -359,7 +359,7 @@ def read_into(one: Judgement, ids: list[int], tokenizer, args) -> Judgement:
 
 
 def judge(model, tokenizer, asked, temperature, args, run, name) -> list[Judgement]:
-    """Judge all that is asked but what the run's file `name` holds. It grows by CHUNK at a time."""
+    """Judge what is asked and not in the run's file `name` yet. It grows by CHUNK at a time."""
     path = run.folder / name
     done = read_lines(path) if path.exists() else []
     for first in range(len(done), len(asked), CHUNK):
@@ -385,7 +385,7 @@ progress = partial(tqdm, delay=10, mininterval=10, disable=RANK > 0)
 
 class Run:
     """The folder of a run. A new run moves what the folder holds to NAME.1, NAME.2, ...; --resume
-    goes on with it. Ranks meet here, and rank 0 alone writes. Raises UserError."""
+    goes on with it. Ranks meet here; only rank 0 writes. Raises UserError."""
 
     def __init__(self, args):
         self.folder, self.start, self.settings = Path(args.out), time.time(), dict(vars(args))

@@ -1,23 +1,23 @@
 """Step 5: a meta reward model (meta RM) says which judgements to trust, and guides the vote.
 
-Voting counts every judgement alike, the careless ones too. Whether a judgement's scores were
-correct (Eq. 10) is known on training items, and a scalar model can learn to predict it (SPCT, arXiv
-2504.02495, section 4). It reads the conversation, the responses and the judgement. Its one logit m
+Voting counts every judgement alike, the careless ones too. On training items we know which
+judgements are correct (Eq. 10). A scalar model can learn to predict this (SPCT, arXiv 2504.02495,
+section 4). It reads the conversation, the responses and the judgement. Its one logit m
 is the meta reward, learnt by binary cross-entropy:
 
     L = -[ c log sigmoid(m) + (1 - c) log(1 - sigmoid(m)) ],     c = 1 if the scores are correct
 
 It learns from what step 2 sampled without hints, right and wrong, and from fresh judgements of the
 judge that is to be guided: the later rollouts of step 3, or samples of step 4 on training items.
-Guided voting keeps, of k samples, the k_meta = k / 2 with the highest meta rewards and adds up
-those (Eq. 14). The samples are those of step 4. The oracle, only for comparison, knows the truth:
+Of k samples, guided voting keeps the k_meta = k / 2 with the highest meta rewards and adds them up
+(Eq. 14). The samples are those of step 4. The oracle, only for comparison, knows the truth:
 it keeps the correct samples (all, if none is correct).
 
     python 05_metarm.py                                          the judge of step 4, on a CPU
     python 05_metarm.py --samples runs/04_voting/samples_2.jsonl --out runs/second
     python 05_metarm.py --learn runs/fresh/samples_1.jsonl --quantize nf4 --lr 1e-4
 
-A departure from the paper: judgements with a tie at the top are not learnt from. They are wrong by
+A departure from the paper: we do not train on judgements with a tie at the top. They are wrong by
 Eq. 10, easy to tell, and change little in a vote. Writes runs/05_metarm/: model/, log.jsonl,
 rewards.jsonl (a meta reward for each sample), results.json. tests/tools/plot.py draws the curves.
 """
@@ -59,7 +59,7 @@ def tied(one: Judgement) -> bool:
 
 
 def held_out(query: str | list[dict]) -> bool:
-    """Whether judgements of a query are not learnt from: of one query in ten, in whatever data."""
+    """Whether a query is kept out of training, in all data: one in ten is."""
     return zlib.crc32(str(query).encode()) % 10 == 0
 
 
@@ -123,7 +123,7 @@ def vote_guided(scores, rewards, k_meta: int) -> torch.Tensor:
 
 
 def vote_oracle(scores, correct) -> torch.Tensor:
-    """Votes of the samples that are correct (items, subsets, k), or of all in a subset without."""
+    """Votes of the correct (items, subsets, k) samples; if a subset has none, of all in it."""
     right = correct | ~correct.any(-1, keepdim=True)
     return vote_sum(torch.where(right[..., None], scores, math.nan))
 
@@ -168,8 +168,8 @@ def auc_within(samples: list[Judgement], rewards: list[float], total: int) -> di
 
 
 def judgements_to_learn(paths: list[str], measured: set[str]) -> list[Judgement]:
-    """The judgements of these files that can be read and were made without a hint, but not of the
-    queries that are measured on."""
+    """The judgements of these files that can be read and were made without a hint, without those
+    of `measured` queries."""
     found = []
     for path in paths:
         drawn = read_lines(path)
@@ -182,7 +182,7 @@ def judgements_to_learn(paths: list[str], measured: set[str]) -> list[Judgement]
 
 
 def origin(samples: Path) -> str:
-    """What the judge of step 4's samples was made of, by the settings of the runs that made it."""
+    """The model from which the judge of step 4's samples was trained, by its runs' settings."""
     try:
         models = json.loads((samples.parent / "settings.json").read_text())["model"]
         base = models[int(samples.stem.rpartition("_")[2]) - 1]
@@ -197,10 +197,10 @@ def main():
     option = parser.add_argument
     option("--samples", default="runs/04_voting/samples_1.jsonl", help="of step 4, to vote on")
     option("--learn", nargs="+", help="files of judgements; by default of steps 2 and 3")
-    option("--base", help="what the meta RM is made of; by default what the judge was made of")
+    option("--base", help="model to start from; by default the judge's, before training")
     option("--quantize", choices=BITS, default="none", help="weights in 8 or 4 bits")
     option("--dtype", choices=DTYPES, default="auto", help="of the weights")
-    option("--k-meta", type=float, default=0.5, help="share of the samples that is kept")
+    option("--k-meta", type=float, default=0.5, help="share of the samples kept, k_meta / k")
     option("--lora-r", type=int, default=8, help="rank of the adapters")
     option("--lr", type=float, default=4e-3, help="peak learning rate (the paper: 1e-5)")
     option("--epochs", type=float, default=1.5, help="passes over the judgements")
@@ -222,7 +222,7 @@ def main():
     require(args.learn, "nothing to learn from: run steps 2 and 3, or give --learn")
     judgements = judgements_to_learn(args.learn, {str(one.query) for one in samples})
     base = args.base or origin(Path(args.samples))
-    print(f"the meta RM is made of {base}")
+    print(f"the meta RM starts as {base}")
     model, tokenizer = meta_model(base, args)
     run = Run(args)
     learn = [one for one in judgements if not held_out(one.query) and not tied(one)]
@@ -247,7 +247,7 @@ def main():
 
 
 class UserError(Exception):
-    """What the user can put right: it is told in one line."""
+    """A mistake that the user can mend: it is told in one line."""
 
 
 def require(condition, message: str) -> None:
@@ -280,9 +280,9 @@ class Judgement:
         turns = [] if isinstance(self.query, str) else self.query
         require(self.query and all(turn["role"] + turn["content"] for turn in turns), "no query")
         n, best = len({text.strip() for text in self.responses} - {""}), max(self.rewards)
-        require(n == len(self.responses) == len(self.rewards), "not n responses and n rewards")
+        require(n == len(self.responses) == len(self.rewards), "equal, empty or unrated responses")
         fine = self.rewards.count(best) == 1 and (n > 1 or best in (0, 1))
-        require(fine and math.isfinite(sum(self.rewards)), "no best reward, or one not 0 or 1")
+        require(fine and math.isfinite(sum(self.rewards)), "not one best reward (of one: 0, 1)")
 
 
 def read_lines(path: str | Path) -> list[Judgement]:
@@ -364,8 +364,8 @@ def mean_and_se(values: list[float], items: list[Judgement]) -> dict:
 
 
 def roc_auc(scores: list[float | None], right: list[bool]) -> list[float]:
-    """Values, one a score, whose mean is the area under the ROC curve (nan without both kinds) and
-    whose spread gives its error (DeLong 1988). Ties and unreadable scores (None) count half."""
+    """One value per score. The mean is the area under the ROC curve (nan without both kinds), the
+    spread gives its error (DeLong 1988). Ties and unreadable scores (None) count half."""
     score = torch.tensor([math.nan if s is None else s for s in scores], dtype=torch.float64)
     right = torch.tensor(right, dtype=torch.bool)
     ahead = (score[right][:, None] - score[~right]).sign().nan_to_num(0.0)
@@ -388,7 +388,7 @@ progress = partial(tqdm, delay=10, mininterval=10, disable=RANK > 0)
 
 class Run:
     """The folder of a run. A new run moves what the folder holds to NAME.1, NAME.2, ...; --resume
-    goes on with it. Ranks meet here, and rank 0 alone writes. Raises UserError."""
+    goes on with it. Ranks meet here; only rank 0 writes. Raises UserError."""
 
     def __init__(self, args):
         self.folder, self.start, self.settings = Path(args.out), time.time(), dict(vars(args))
@@ -496,8 +496,8 @@ def micro_batches(examples: list):
 
 def train(model, tokenizer, steps: int, gradients, args, run: Run) -> list[dict]:
     """AdamW, clipped to norm 1; the learning rate rises linearly in a tenth of the steps and falls
-    along a cosine to a tenth of its peak. gradients(first) yields step after step, from the first
-    on: each time it has left this rank's gradients, and says what to log. Goes on from the run's
+    along a cosine to a tenth of its peak. gradients(first) yields once a step, from step `first`
+    on: it has left this rank's gradients, and yields what to log. Goes on from the run's
     checkpoint; saves all weights, or the adapters in PEFT's format, in model/. Returns the log."""
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     adam = torch.optim.AdamW(weights.values(), args.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -568,7 +568,7 @@ def vote_sum(scores: torch.Tensor) -> torch.Tensor:
 def subsets(values: torch.Tensor, k: int, rounds: int = 100):
     """Random subsets of k of each item's samples, of values (items, samples, ...): a round yields
     (items, samples // k, k, ...). Its subsets share no sample: for k = 1 and k = samples one round
-    is exact. Other values are drawn alike."""
+    is exact. Every call draws the same."""
     (items, total), generator = values.shape[:2], torch.Generator().manual_seed(0)
     for _ in range(1 if k in (1, total) else rounds):
         order = torch.rand(items, total, generator=generator).argsort(-1)
