@@ -5,13 +5,14 @@ import sys
 from types import SimpleNamespace
 
 import benchmark
+import pytest
 import show_votes
 from conftest import ROOT
 
 
 def options(**more) -> SimpleNamespace:
     known = {"gemma": None, "old": None, "only_old": False, "prompts": 2, "repeats": 1}
-    known["dtypes"] = False
+    known |= {"dtypes": False, "llama": None}
     return SimpleNamespace(**{"size": "tiny", "model": None, "quantize": "nf4", **known, **more})
 
 
@@ -25,6 +26,12 @@ def test_sampling_measures_every_way(monkeypatch, capsys):
     assert list(medians) == ["sample", "generate", "generate, static cache", "generate_batch"]
     assert "first edition            does not run here: " in out and out.count("tokens/s") == 4
     assert min(medians.values()) > 0
+
+
+def test_llama_cpp_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    with pytest.raises(SystemExit, match="pip install xllamacpp"):
+        benchmark.llama_cpp("model.gguf", [[1, 2]], 2, 4)
 
 
 def test_sampling_measures_dtypes(monkeypatch, capsys):

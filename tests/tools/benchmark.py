@@ -3,6 +3,7 @@
     python tests/tools/benchmark.py sampling        `sample` beside transformers' ways to sample
     python tests/tools/benchmark.py sampling --old FOLDER      ... and a first edition's sampler
     python tests/tools/benchmark.py sampling --dtypes          ... bfloat16 and nf4, too
+    python tests/tools/benchmark.py sampling --gemma FOLDER --llama FILE     ... and llama.cpp
     python tests/tools/benchmark.py training        a GRPO step and its memory
     python tests/tools/benchmark.py scale           a random Gemma-2-27B in 4 bits on one GPU;
                                                     without a GPU, only its memory plan
@@ -24,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,6 +85,31 @@ def generate_batch(model, prompts, n, length, ends) -> list[list[int]]:
     inputs = [prompt for prompt in prompts for _ in range(n)]
     found = model.generate_batch(inputs=inputs, generation_config=how, progress_bar=False)
     return [list(output.generated_tokens) for output in found.values()]
+
+
+def llama_cpp(file: str, prompts, n, length):
+    """A function that samples with llama.cpp, a slot for each completion. It reads a GGUF file. A
+    request shares a prompt among its n completions. An empty line ends one, as for a base model."""
+    try:
+        import xllamacpp
+    except ImportError:
+        sys.exit("error: --llama needs llama.cpp: pip install xllamacpp")
+    options = xllamacpp.CommonParams()
+    options.model.path, options.n_parallel, options.kv_unified = file, n * len(prompts), True
+    options.n_ctx = n * sum(len(prompt) + length for prompt in prompts)
+    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = torch.get_num_threads()
+    options.verbosity = 0
+    server = xllamacpp.Server(options)
+    request = {"n_predict": length, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    request |= {"n_cmpl": n, "stop": ["\n\n"], "cache_prompt": False}
+
+    def draw():
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            asked = [request | {"prompt": prompt} for prompt in prompts]
+            answers = list(pool.map(server.handle_completions, asked))
+        return [[-1] * answer["usage"]["completion_tokens"] for answer in answers]
+
+    return draw
 
 
 def first_edition(folder: str):
@@ -152,6 +179,8 @@ def sampling(args) -> dict[str, float]:
             ways["generate, bfloat16"] = lambda: generate(models["bfloat16"], *ask[1:])
         ways["generate, static cache"] = lambda: generate(*ask, **static)
         ways["generate_batch"] = lambda: generate_batch(*ask)
+    if args.llama:
+        ways["llama.cpp, " + Path(args.llama).stem] = llama_cpp(args.llama, prompts, n, length)
     print(f"{args.gemma or 'embedded judge'}: {few} prompts, at most {len(max(prompts, key=len))}")
     print(f"tokens, {n} samples of {length} or less; {machine()}; {args.repeats} rounds:")
     return compare(ways, args.repeats, ends)
@@ -355,6 +384,7 @@ def main():
     option("--old", metavar="FOLDER", help="sampling: a checkout of the first edition")
     option("--only-old", action="store_true", help="sampling: leave out transformers' ways")
     option("--dtypes", action="store_true", help="sampling: also in bfloat16 and nf4")
+    option("--llama", metavar="FILE", help="sampling: also by llama.cpp, from a GGUF file")
     option("--prompts", type=int, default=64, help="sampling: prompts for the embedded judge")
     option("--size", choices=SIZES, default="27b", help="scale: of the random model")
     option("--model", help="scale: only the plan of this folder or Hub name")
