@@ -7,9 +7,9 @@ import shlex
 import subprocess
 import sys
 
-import pytest
-from conftest import JUDGE, ROOT, gemma_270m, run_here
+from conftest import JUDGE, ROOT, run_here
 
+LITTLE = {"--limit": "12", "--max-new-tokens": "160", "--k": "2", "--lora-r": "4"}
 MORE = {"02_rejective_ft.py": ["--epochs", "1"], "03_grpo.py": ["--steps", "1", "--prompts", "2"]}
 
 
@@ -31,20 +31,16 @@ def test_the_second_block_is_the_first_with_another_model():
         assert words == second
 
 
-def little(script: str, *options: str, model: str, limit: int, length: int) -> list[str]:
-    """The command with small numbers, and with another model."""
-    small = {"--limit": limit, "--max-new-tokens": length, "--k": 2, "--lora-r": 4}
+def little(script: str, *options: str) -> list[str]:
+    """The command with small numbers, and with the embedded judge."""
     options = list(options)
-    if model != str(JUDGE):  # in 4 bits a CPU unpacks all weights at every step: minutes
-        small["--quantize"] = "none"
     for place, option in enumerate(options[:-1]):
-        options[place + 1] = str(small.get(option, options[place + 1]))
-    options = [model if option.startswith("google/") else option for option in options]
+        options[place + 1] = LITTLE.get(option, options[place + 1])
+    options = [str(JUDGE) if option.startswith("google/") else option for option in options]
     return [script, *options, *MORE.get(script, [])]
 
 
-def run_block(monkeypatch, folder, base=False, **numbers) -> None:
-    """All commands of the first block, with the options that README names for a base model."""
+def test_the_commands_of_the_block_run_one_after_the_other(tmp_path, monkeypatch):
     lines = (JUDGE.parent / "train.jsonl").read_text().splitlines()[:80]
     pairs = []
     for item in map(json.loads, lines):
@@ -52,15 +48,15 @@ def run_block(monkeypatch, folder, base=False, **numbers) -> None:
             best = item["rewards"].index(max(item["rewards"]))
             texts = {"chosen": item["responses"][best], "rejected": item["responses"][1 - best]}
             pairs.append({"prompt": item["query"], **texts})
-    monkeypatch.chdir(folder)
+    monkeypatch.chdir(tmp_path)
     scripts = []
     for number, (script, *options) in enumerate(commands()[0]):
         scripts.append(script.rpartition("/")[2])
         if script.endswith("export.py"):
-            source = folder / f"{number}.jsonl"
+            source = tmp_path / f"{number}.jsonl"
             part = pairs[12 * number :][:12]
             source.write_text("".join(json.dumps(pair) + "\n" for pair in part))
-            command = [ROOT / script, source, *little(script, *options[1:], **numbers)[1:]]
+            command = [ROOT / script, source, *little(script, *options[1:])[1:]]
             subprocess.run([sys.executable, *command], check=True, capture_output=True)
         else:
             files = [option for option in options if "*" in option]
@@ -68,19 +64,7 @@ def run_block(monkeypatch, folder, base=False, **numbers) -> None:
             for pattern in files:
                 place = options.index("--learn") + 1
                 options[place:place] = glob.glob(re.sub(r"00\[.*\]", "", pattern))
-            more = ["--shots"] * (base and script[:2] in ("01", "02"))
-            if base and script[:2] == "02":  # 16 samples: all that can be read is kept
-                more += ["--temperature", "0.5", "--ablate", "keep-all"]
-            run_here(monkeypatch, folder, *little(script, *options, **numbers), *more)
+            run_here(monkeypatch, tmp_path, *little(script, *options))
     assert scripts[-5:] == [path.name for path in sorted(ROOT.glob("0*.py"))]
     for number in range(1, 6):
-        assert (folder / f"runs/{number}/results.json").exists()
-
-
-def test_the_commands_of_the_block_run_one_after_the_other(tmp_path, monkeypatch):
-    run_block(monkeypatch, tmp_path, model=str(JUDGE), limit=12, length=160)
-
-
-@pytest.mark.gemma
-def test_the_commands_of_the_block_run_with_gemma(tmp_path, monkeypatch):
-    run_block(monkeypatch, tmp_path, base=True, model=gemma_270m(), limit=4, length=120)
+        assert (tmp_path / f"runs/{number}/results.json").exists()
