@@ -22,7 +22,7 @@ r_theta are one model, which writes everything in one text. The embedded judge, 
 Scores run from 1 to 10. The choice is right, though nobody asked for 6 items.
 
     python 01_pointwise_grm.py                                    the embedded judge, on a CPU
-    python 01_pointwise_grm.py --query "Name a prime." --response "Seven." --response "Nine."
+    python 01_pointwise_grm.py --model google/gemma-3-1b-it --query Prime? --response 7 --response 9
     python 01_pointwise_grm.py --model google/gemma-3-4b-it --quantize nf4 --data pairs.jsonl
 
 Reads preferences as JSON Lines (tests/tools/export.py writes them from public data sets). Writes
@@ -86,7 +86,7 @@ class Judgement:
         n, best = len({text.strip() for text in self.responses} - {""}), max(self.rewards)
         require(n == len(self.responses) == len(self.rewards), "equal, empty or unrated responses")
         fine = self.rewards.count(best) == 1 and (n > 1 or best in (0, 1))
-        require(fine and math.isfinite(sum(self.rewards)), "not one best reward (of one: 0, 1)")
+        require(fine and math.isfinite(sum(self.rewards)), "needs one best reward (single: 0 or 1)")
 
 
 def show(item: Judgement, number: int, order: list[int], **more) -> Judgement:
@@ -102,7 +102,7 @@ def read_lines(path: str | Path) -> list[Judgement]:
         for line in Path(path).read_bytes().strip().split(b"\n"):
             record = json.loads(line)
             records.append(Judgement(**{name: record[name] for name in names & record.keys()}))
-    except (OSError, UserError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (UserError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path}:{len(records) + 1}: {error} (see tests/tools/export.py)") from None
     return records
 
@@ -288,7 +288,7 @@ def measure(judgements: list[Judgement]) -> dict[str, dict]:
         "ROC-AUC of single responses": (area, single),
         "unreadable": ([one.scores is None for one in judgements], judgements),
     }
-    for subset in sorted({one.subset for one in many}):
+    for subset in sorted({one.subset for one in many} - {""}):
         of = [(value, one) for value, one in zip(right, many) if one.subset == subset]
         values[f"accuracy, {subset}"] = tuple(zip(*of))
     return {name: mean_and_se(*of) for name, of in values.items() if of[0]}

@@ -326,7 +326,7 @@ class Judgement:
         n, best = len({text.strip() for text in self.responses} - {""}), max(self.rewards)
         require(n == len(self.responses) == len(self.rewards), "equal, empty or unrated responses")
         fine = self.rewards.count(best) == 1 and (n > 1 or best in (0, 1))
-        require(fine and math.isfinite(sum(self.rewards)), "not one best reward (of one: 0, 1)")
+        require(fine and math.isfinite(sum(self.rewards)), "needs one best reward (single: 0 or 1)")
 
 
 def show(item: Judgement, number: int, order: list[int], **more) -> Judgement:
@@ -342,7 +342,7 @@ def read_lines(path: str | Path) -> list[Judgement]:
         for line in Path(path).read_bytes().strip().split(b"\n"):
             record = json.loads(line)
             records.append(Judgement(**{name: record[name] for name in names & record.keys()}))
-    except (OSError, UserError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (UserError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path}:{len(records) + 1}: {error} (see tests/tools/export.py)") from None
     return records
 

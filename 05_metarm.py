@@ -2,16 +2,16 @@
 
 Voting counts every judgement alike, the careless ones too. On training items we know which
 judgements are correct (Eq. 10). A scalar model can learn to predict this (SPCT, arXiv 2504.02495,
-section 4). It reads the conversation, the responses and the judgement. Its one logit m
-is the meta reward, learnt by binary cross-entropy:
+section 4). It reads the conversation, the responses and the judgement. Its one logit m is the meta
+reward, learnt by binary cross-entropy:
 
     L = -[ c log sigmoid(m) + (1 - c) log(1 - sigmoid(m)) ],     c = 1 if the scores are correct
 
 It learns from what step 2 sampled without hints, right and wrong, and from fresh judgements of the
 judge that is to be guided: the later rollouts of step 3, or samples of step 4 on training items.
 Of k samples, guided voting keeps the k_meta = k / 2 with the highest meta rewards and adds them up
-(Eq. 14). The samples are those of step 4. The oracle, only for comparison, knows the truth:
-it keeps the correct samples (all, if none is correct).
+(Eq. 14). The samples are those of step 4. The oracle, for comparison, knows the truth: it keeps the
+correct samples (all, if none is correct).
 
     python 05_metarm.py                                          the judge of step 4, on a CPU
     python 05_metarm.py --samples runs/04_voting/samples_2.jsonl --out runs/second
@@ -282,7 +282,7 @@ class Judgement:
         n, best = len({text.strip() for text in self.responses} - {""}), max(self.rewards)
         require(n == len(self.responses) == len(self.rewards), "equal, empty or unrated responses")
         fine = self.rewards.count(best) == 1 and (n > 1 or best in (0, 1))
-        require(fine and math.isfinite(sum(self.rewards)), "not one best reward (of one: 0, 1)")
+        require(fine and math.isfinite(sum(self.rewards)), "needs one best reward (single: 0 or 1)")
 
 
 def read_lines(path: str | Path) -> list[Judgement]:
@@ -292,7 +292,7 @@ def read_lines(path: str | Path) -> list[Judgement]:
         for line in Path(path).read_bytes().strip().split(b"\n"):
             record = json.loads(line)
             records.append(Judgement(**{name: record[name] for name in names & record.keys()}))
-    except (OSError, UserError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (UserError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path}:{len(records) + 1}: {error} (see tests/tools/export.py)") from None
     return records
 

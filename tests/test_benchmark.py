@@ -31,7 +31,7 @@ def test_sampling_measures_every_way(monkeypatch, capsys):
 def test_llama_cpp_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     with pytest.raises(SystemExit, match="pip install xllamacpp"):
-        benchmark.llama_cpp("model.gguf", [[1, 2]], 2, 4)
+        benchmark.llama_cpp("model.gguf", None, [[1, 2]], 2, 4)
 
 
 def test_sampling_measures_dtypes(monkeypatch, capsys):

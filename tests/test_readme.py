@@ -10,7 +10,7 @@ import sys
 from conftest import JUDGE, ROOT, run_here
 
 LITTLE = {"--limit": "12", "--max-new-tokens": "160", "--k": "2", "--lora-r": "4"}
-MORE = {"02_rejective_ft.py": ["--epochs", "1"], "03_grpo.py": ["--steps", "1", "--prompts", "2"]}
+MORE = {"02_rejective_ft.py": ["--epochs", "1"], "03_grpo.py": ["--steps", "2", "--prompts", "2"]}
 
 
 def commands() -> list[list[list[str]]]:
@@ -56,8 +56,8 @@ def test_the_commands_of_the_block_run_one_after_the_other(tmp_path, monkeypatch
             source = tmp_path / f"{number}.jsonl"
             part = pairs[12 * number :][:12]
             source.write_text("".join(json.dumps(pair) + "\n" for pair in part))
-            command = [ROOT / script, source, *little(script, *options[1:])[1:]]
-            subprocess.run([sys.executable, *command], check=True, capture_output=True)
+            command = [sys.executable, ROOT / script, source, *little(script, *options[1:])[1:]]
+            subprocess.run(command, check=True, capture_output=True)
         else:
             files = [option for option in options if "*" in option]
             options = [option for option in options if option not in files]

@@ -110,4 +110,12 @@ def test_powers_and_a_plot_of_names_that_look_like_formulas(tmp_path):
     curve = {k: {"sum": {"mean": 0.5 + k / 100, "se": 0.02}} for k in (1, 2, 4)}
     path.write_text(json.dumps({"figures": {"$^$_a/model": curve, "b_{c": curve, "b minus a": {}}}))
     plot.plot(plot.curves_of(tmp_path), tmp_path / "voting.png")
+    row = {name: {"mean": 0.5, "se": 0.1} for name in ("guided", "oracle")}
+    guided = {"settings": {"k_meta": 0.5}, "rows": {"4 of 8": row, "8 of 8": row}}
+    names = []
+    for name in ("first", "second"):  # the curves of two runs of step 5 stay apart
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps(guided))
+        names += plot.curves_of(tmp_path / name)
+    assert names == ["guided, first", "oracle, first", "guided, second", "oracle, second"]
     assert (tmp_path / "voting.png").read_bytes().startswith(b"\x89PNG")

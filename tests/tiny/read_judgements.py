@@ -9,7 +9,7 @@ Reads any step's JSON Lines with "query", "responses" and "output". For each fil
   all, by importance, what must be avoided and the others
 - named criteria that have the right weight
 - judgements whose scores follow from their own verdicts and weights
-Two files side by side show what training changed.
+Two files side by side show what training changed. More is better, but for near misses misread.
 """
 
 from __future__ import annotations
@@ -135,6 +135,7 @@ def main():
         print(f"{path}: {len(records)} judgements")
         for name, (share, error, count) in figures.items():
             print(f"  {name:<20}{100 * share:6.1f} +- {100 * error:4.1f} %  of {count}")
+    print(f"what the figures mean: the first lines of {Path(__file__).name}")
 
 
 if __name__ == "__main__":

@@ -87,9 +87,10 @@ def generate_batch(model, prompts, n, length, ends) -> list[list[int]]:
     return [list(output.generated_tokens) for output in found.values()]
 
 
-def llama_cpp(file: str, prompts, n, length):
+def llama_cpp(file: str, tokenizer, prompts, n, length):
     """A function that samples with llama.cpp, a slot for each completion. It reads a GGUF file. A
-    request shares a prompt among its n completions. An empty line ends one, as for a base model."""
+    request shares a prompt among its n completions. An empty line ends one, as for a base model.
+    Its usage counts one of the n only, so that their texts are tokenized again to be counted."""
     try:
         import xllamacpp
     except ImportError:
@@ -107,7 +108,8 @@ def llama_cpp(file: str, prompts, n, length):
         with ThreadPoolExecutor(len(prompts)) as pool:
             asked = [request | {"prompt": prompt} for prompt in prompts]
             answers = list(pool.map(server.handle_completions, asked))
-        return [[-1] * answer["usage"]["completion_tokens"] for answer in answers]
+        texts = [choice["text"] for answer in answers for choice in answer["choices"]]
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
     return draw
 
@@ -180,7 +182,8 @@ def sampling(args) -> dict[str, float]:
         ways["generate, static cache"] = lambda: generate(*ask, **static)
         ways["generate_batch"] = lambda: generate_batch(*ask)
     if args.llama:
-        ways["llama.cpp, " + Path(args.llama).stem] = llama_cpp(args.llama, prompts, n, length)
+        name = "llama.cpp, " + Path(args.llama).stem
+        ways[name] = llama_cpp(args.llama, tokenizer, prompts, n, length)
     print(f"{args.gemma or 'embedded judge'}: {few} prompts, at most {len(max(prompts, key=len))}")
     print(f"tokens, {n} samples of {length} or less; {machine()}; {args.repeats} rounds:")
     return compare(ways, args.repeats, ends)

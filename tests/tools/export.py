@@ -63,6 +63,8 @@ def read_records(source: str) -> tuple[list[dict], str]:
         if path.is_file():
             loaded = load_dataset(str(path.parent), data_files=path.name, split="train")
             return list(loaded), "train"
+        if path.suffix in (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow"):
+            raise FileNotFoundError("there is no such file")
         owner, *config = name.split("/")
         where = ["/".join([owner, *config[:1]]), *config[1:]]
         return list(load_dataset(*where, split=split)), split
@@ -74,7 +76,7 @@ def import_preferences(source: str, skip_bad: bool = False) -> list[Judgement]:
     """The preferences of a source. Prints how many records are left out. Raises UserError."""
     try:
         return grm.read_lines(source)  # our own
-    except UserError:
+    except (OSError, UserError):
         (records, split), items, problems = read_records(source), [], []
     for number, record in enumerate(join_ratings(records), 1):
         try:

@@ -211,7 +211,9 @@ def main():
     head = head.replace("<meta charset", view + "<meta charset")
     body = "</head><body><h1>A run of the five steps</h1>" + told + "".join(sections(args.runs))
     args.out.write_text(f"{head}{STYLE}{body}</body></html>\n", encoding="utf-8")
-    print(f"wrote {args.out}: {', '.join(found)}")
+    others = {path.parent.name for path in args.runs.glob("*/results.json")} - {*found}
+    left = f"; left out: {', '.join(sorted(others))}" if others else ""
+    print(f"wrote {args.out}: {', '.join(found)}{left}")
 
 
 if __name__ == "__main__":
