@@ -1,6 +1,7 @@
 """tests/tools: convert_gguf.py refuses in one line, writes whole folders; a row of the sheet."""
 
 import json
+import runpy
 import sys
 
 import pytest
@@ -113,3 +114,25 @@ def test_a_row_of_the_sheet(tmp_path):
     rows = {"16 of 32": {"voting": of(0.75), "guided": of(0.78)}, "1 of 32": {}}
     last = " | 75.0 ± 1.0 |  | 78.0 ± 1.0 |"
     assert sheet.row("x", [gains, write("guided", {"rows": rows})]).endswith(last)
+
+
+@pytest.mark.parametrize(
+    "program, options",
+    [
+        ("tools/plot.py", ["nowhere"]),
+        ("tools/sheet.py", ["a judge", "nowhere"]),
+        ("tools/show_votes.py", ["nowhere/samples_1.jsonl", "page.html"]),
+        ("tools/report.py", ["nowhere", "page.html"]),
+        ("tiny/sees.py", ["nowhere/samples_1.jsonl", "nowhere/rewards.jsonl"]),
+        ("tiny/read_judgements.py", ["nowhere/judgements.jsonl"]),
+        ("tiny/measure_judge.py", ["--data", "nowhere/items.jsonl"]),
+    ],
+)
+def test_a_missing_file_is_named_in_one_line(monkeypatch, tmp_path, program, options):
+    monkeypatch.chdir(tmp_path)
+    path = ROOT / "tests" / program
+    monkeypatch.setattr(sys, "argv", [path.name, *options])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(path), run_name="__main__")
+    told = str(caught.value)
+    assert told.startswith("error: ") and "nowhere" in told and "\n" not in told
