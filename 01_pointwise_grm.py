@@ -26,7 +26,7 @@ Scores run from 1 to 10. The choice is right, though nobody asked for 6 items.
     python 01_pointwise_grm.py --model google/gemma-3-4b-it --quantize nf4 --data pairs.jsonl
 
 Reads preferences as JSON Lines (tests/tools/export.py writes them from public data sets). Writes
-runs/01_pointwise_grm/: judgements.jsonl (a judgement a line) and results.json.
+runs/01_pointwise_grm/: judgements.jsonl (one per line) and results.json.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: it is told in one line."""
+    """A mistake that the user can fix: it is shown in one line."""
 
 
 def require(condition, message: str) -> None:
@@ -66,7 +66,7 @@ class Judgement:
 
     query: str | list[dict]  # text, or turns {"role", "content"}, the last the user's
     responses: list[str]
-    rewards: list[float]  # one a response, with one maximum; a single response has 1 (right) or 0
+    rewards: list[float]  # one per response, one maximum; a single response has 1 (right) or 0
     subset: str = ""
     reference: str | None = None  # an answer to judge against (E.1.3)
     item: int = 0  # the item's number in the data
@@ -144,7 +144,7 @@ SHOT = Judgement("Name three colours of the rainbow.", ["Red, brown.", "Red, gre
 SHOT.output = """Specific Criteria: all are in the rainbow (weight 3); there are three (weight 2).
 Analysis: Response 1 names two, one of them wrong. Response 2 names three, all of them right.
 Scores: \\boxed{1, 10}"""
-CRITIQUE_START = "Analysis: Response 1"  # past principles that it has learnt
+CRITIQUE_START = "Analysis: Response 1"  # skips the principles
 
 
 def encode(tokenizer, one: Judgement, shots: bool = False) -> list[int]:
@@ -281,7 +281,7 @@ def measure(judgements: list[Judgement]) -> dict[str, dict]:
         [one.scores and one.scores[0] for one in single], [one.rewards[0] for one in single]
     )
     values = {
-        "accuracy (a tie is a coin toss)": (right, many),
+        "accuracy (ties break at random)": (right, many),
         "strict (the best above all others, Eq. 10)": ([one.correct for one in many], many),
         "ties (the best score is shared)": (ties, many),
         "baseline: choose the longest response": (longest, many),
@@ -342,17 +342,17 @@ def main():
     option = parser.add_argument
     option("--model", default=str(TINY / "judge"), help="folder, Hub name or LoRA folder")
     option("--quantize", choices=BITS, default="none", help="weights in 8 or 4 bits")
-    option("--dtype", choices=DTYPES, default="auto", help="of the weights")
+    option("--dtype", choices=DTYPES, default="auto", help="number format of the weights")
     option("--data", default=str(TINY / "eval.jsonl"), help="preferences to judge")
     option("--limit", type=int, help="use the first N items")
     option("--query", help="judge your own text instead of --data")
     option("--response", action="append", default=[], help="a response to --query; repeat it")
     option("--shots", action="store_true", help="a worked example first, for base models")
     option("--no-principles", action="store_true", help="critique and scores only (Table 4)")
-    option("--probe", metavar="N", type=int, default=0, help="N items: new order, false scores")
+    option("--probe", metavar="N", type=int, default=0, help="test N: new order, false scores")
     option("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     option("--max-new-tokens", type=int, default=512, help="longest judgement, in tokens")
-    option("--seed", type=int, default=0, help="of the sampling")
+    option("--seed", type=int, default=0, help="random seed")
     option("--resume", action="store_true", help="go on with the run in --out")
     option("--out", default="runs/01_pointwise_grm", help="folder of the run")
     args = parser.parse_args()
@@ -383,7 +383,7 @@ def main():
         again = judge(model, tokenizer, again, 0.0, args, run, f"{name.split()[0]}.jsonl")
         right = [(after.correct, before) for before, after in zip(many, again) if before.correct]
         if right:
-            figures[f"right verdicts that survive {name}"] = mean_and_se(*zip(*right))
+            figures[f"still correct after {name}"] = mean_and_se(*zip(*right))
     for name, row in figures.items():
         print(f"{name:<50}{100 * row['mean']:6.1f} +- {100 * row['se']:4.1f} %  n = {row['n']}")
     run.finish({"figures": figures, "tokens": sum(one.tokens for one in judgements)})
@@ -393,7 +393,7 @@ def main():
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 CHUNK = 1024  # judgements that a kill may cost
 BATCH = 1024 if torch.cuda.is_available() else 256  # completions at once
-GROUP = 16  # completions in a row: each is multiplied with the columns of all of them
+GROUP = 16  # completions in a row: each attends over all of their columns
 progress = partial(tqdm, delay=10, mininterval=10, disable=RANK > 0)
 
 
@@ -528,10 +528,10 @@ def block_inputs(model, tokens, keys) -> dict:
 
 
 class Batch:
-    """Prompts in flight, a row (prompt, places of its completions) each: the prompt, padded on the
-    left, then n columns a step, one for each completion (see `block_inputs`). They share the
-    prompt's keys and values. A step changes buffers in place and waits for nothing, so CUDA can
-    record and repeat it (a graph). The first reads the prompt's last token, n times."""
+    """One row per (prompt, places of its completions): the prompt, padded on the left; then, for
+    each step, n columns, one per completion (see `block_inputs`), which share the prompt's keys and
+    values. A step changes buffers in place and waits for nothing, so CUDA can record and repeat it
+    (a graph). Step 0 reads the prompt's last token, n times."""
 
     def __init__(self, model, rows, temperature):
         self.model, self.temperature, device = model, temperature, model.device
@@ -609,12 +609,12 @@ class Batch:
 
 
 def start(main) -> None:
-    """Run main(). What the user can put right is one line; a bug shows its traceback."""
+    """Run main(). A user's mistake is shown in one line, a bug with its traceback."""
     try:
         main()
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         busy = isinstance(error, BlockingIOError)
-        sys.exit("error: " + ("another process works in --out" if busy else str(error)))
+        sys.exit("error: " + ("another process uses --out" if busy else str(error)))
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: --resume goes on")
 

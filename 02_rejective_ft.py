@@ -4,9 +4,9 @@ A judge that is right half of the time writes good judgements already; it cannot
 the best response is known, we can. RFT (SPCT, arXiv 2504.02495, section 3.2) samples N_RFT = 3
 judgements (trajectories) of every item. It keeps those whose scores are correct,
 
-    S_j > S_i for all i != j, where r_j is the highest reward; of one response S_1 = r_1,   (Eq. 10)
+    S_j > S_i for all i != j, where r_j is the highest reward; if n = 1, S_1 = r_1,         (Eq. 10)
 
-but none of the three if all are correct: the item is too easy. A fourth sample is hinted, to bring
+If all three are correct, the item is too easy and none is kept. A fourth sample is hinted, to bring
 in hard items: its prompt ends with the number of the best response. Then the model learns to write
 what was kept, without the hint. Only its scores were tested, not its text. A run prints
 
@@ -84,8 +84,8 @@ Example = namedtuple("Example", "prompt completion")  # token ids; the completio
 
 
 def make_examples(model, tokenizer, kept: list[Judgement], args) -> list[Example]:
-    """What is learnt: the kept outputs after prompts without a hint, mixed one to one with general
-    instruction data: JSON Lines of {"messages"} whose last turn is the assistant's."""
+    """What is learnt: the kept outputs after prompts without a hint. As many lines of general
+    instruction data are mixed in: JSON Lines of {"messages"} whose last turn is the assistant's."""
     pairs = [(encode(tokenizer, replace(one, hint="")), one.output) for one in kept]
     if args.instruct_data:
         try:
@@ -127,7 +127,7 @@ def main():
     option = parser.add_argument
     option("--model", default=str(TINY / "judge"), help="folder, Hub name or LoRA folder")
     option("--quantize", choices=BITS, default="none", help="weights in 8 or 4 bits")
-    option("--dtype", choices=DTYPES, default="auto", help="of the weights")
+    option("--dtype", choices=DTYPES, default="auto", help="number format of the weights")
     option("--teacher", help="the model that is sampled; by default --model")
     option("--data", default=str(TINY / "train.jsonl"), help="preferences to learn from")
     option("--limit", type=int, default=800, help="use the first N items")
@@ -139,7 +139,7 @@ def main():
     option("--lr", type=float, default=1e-3, help="peak learning rate (the paper: 5e-6)")
     option("--epochs", type=float, default=2.0, help="passes over the examples")
     option("--max-new-tokens", type=int, default=512, help="longest judgement, in tokens")
-    option("--seed", type=int, default=0, help="of everything")
+    option("--seed", type=int, default=0, help="random seed")
     option("--resume", action="store_true", help="go on with the run in --out")
     option("--out", default="runs/02_rejective_ft", help="folder of the run")
     args = parser.parse_args()
@@ -233,8 +233,8 @@ def micro_batches(examples: list):
 
 def train(model, tokenizer, steps: int, gradients, args, run: Run) -> list[dict]:
     """AdamW, clipped to norm 1; the learning rate rises linearly in a tenth of the steps and falls
-    along a cosine to a tenth of its peak. gradients(first) yields once a step, from step `first`
-    on: it has left this rank's gradients, and yields what to log. Goes on from the run's
+    along a cosine to a tenth of its peak. From step `first` on, gradients(first) sets this rank's
+    p.grad once per step and yields what to log. Goes on from the run's
     checkpoint; saves all weights, or the adapters in PEFT's format, in model/. Returns the log."""
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     adam = torch.optim.AdamW(weights.values(), args.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -291,7 +291,7 @@ def descend(model, examples: list[Example], losses_of, size: int, seed: int, fir
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: it is told in one line."""
+    """A mistake that the user can fix: it is shown in one line."""
 
 
 def require(condition, message: str) -> None:
@@ -306,7 +306,7 @@ class Judgement:
 
     query: str | list[dict]  # text, or turns {"role", "content"}, the last the user's
     responses: list[str]
-    rewards: list[float]  # one a response, with one maximum; a single response has 1 (right) or 0
+    rewards: list[float]  # one per response, one maximum; a single response has 1 (right) or 0
     subset: str = ""
     reference: str | None = None  # an answer to judge against (E.1.3)
     item: int = 0  # the item's number in the data
@@ -384,7 +384,7 @@ SHOT = Judgement("Name three colours of the rainbow.", ["Red, brown.", "Red, gre
 SHOT.output = """Specific Criteria: all are in the rainbow (weight 3); there are three (weight 2).
 Analysis: Response 1 names two, one of them wrong. Response 2 names three, all of them right.
 Scores: \\boxed{1, 10}"""
-CRITIQUE_START = "Analysis: Response 1"  # past principles that it has learnt
+CRITIQUE_START = "Analysis: Response 1"  # skips the principles
 
 
 def encode(tokenizer, one: Judgement, shots: bool = False) -> list[int]:
@@ -490,7 +490,7 @@ BITS, DTYPES = ["none", "int8", "nf4"], ["auto", "float32", "bfloat16"]
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 CHUNK = 1024  # judgements that a kill may cost
 BATCH = 1024 if torch.cuda.is_available() else 256  # completions at once
-GROUP = 16  # completions in a row: each is multiplied with the columns of all of them
+GROUP = 16  # completions in a row: each attends over all of their columns
 progress = partial(tqdm, delay=10, mininterval=10, disable=RANK > 0)
 
 
@@ -625,10 +625,10 @@ def block_inputs(model, tokens, keys) -> dict:
 
 
 class Batch:
-    """Prompts in flight, a row (prompt, places of its completions) each: the prompt, padded on the
-    left, then n columns a step, one for each completion (see `block_inputs`). They share the
-    prompt's keys and values. A step changes buffers in place and waits for nothing, so CUDA can
-    record and repeat it (a graph). The first reads the prompt's last token, n times."""
+    """One row per (prompt, places of its completions): the prompt, padded on the left; then, for
+    each step, n columns, one per completion (see `block_inputs`), which share the prompt's keys and
+    values. A step changes buffers in place and waits for nothing, so CUDA can record and repeat it
+    (a graph). Step 0 reads the prompt's last token, n times."""
 
     def __init__(self, model, rows, temperature):
         self.model, self.temperature, device = model, temperature, model.device
@@ -706,12 +706,12 @@ class Batch:
 
 
 def start(main) -> None:
-    """Run main(). What the user can put right is one line; a bug shows its traceback."""
+    """Run main(). A user's mistake is shown in one line, a bug with its traceback."""
     try:
         main()
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         busy = isinstance(error, BlockingIOError)
-        sys.exit("error: " + ("another process works in --out" if busy else str(error)))
+        sys.exit("error: " + ("another process uses --out" if busy else str(error)))
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: --resume goes on")
 

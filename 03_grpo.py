@@ -8,19 +8,19 @@ G judgements of a prompt, the rollouts. Judgement i (not response i) earns
 
 GRPO compares it with its group: the advantage is A_i = (r_i - mean(r)) / std(r). A group of equal
 r_i teaches nothing. A_i > 0 makes judgement i likelier. The clip keeps the judge pi near pi_old,
-which drew the group. The KL term keeps it near the first judge (logp and ref are their log pi):
+which drew the group. The KL term keeps it near the first judge (log pi: logp now, ref first):
 
     L = -1/G sum_i 1/|o_i| sum_t [ min(ratio A_i, clip(ratio, 1 - eps, 1 + eps) A_i) - beta KL ]
     ratio = pi / pi_old,    KL = exp(ref - logp) - (ref - logp) - 1                         (Eq. 15)
 
-o_i are the tokens of judgement i, t is one of them. With UPDATES = 1 the ratio is 1 and the A_i
-sum to 0 in the loss, but not in its gradient: watch the reward.
+o_i are the tokens of judgement i, t is one of them. With UPDATES = 1 the ratio is 1, and
+the loss is only beta KL. Its gradient is not: watch the reward.
 
     python 03_grpo.py                                            the judge after step 2, on a CPU
     python 03_grpo.py --model google/gemma-3-1b-it --data train.jsonl --lr 2e-5
     torchrun --nproc-per-node 8 03_grpo.py --model google/gemma-2-27b-it --quantize nf4 ...
 
-Writes runs/03_grpo/: log.jsonl (a line a step), rollouts/, model/, results.json.
+Writes runs/03_grpo/: log.jsonl (one line per step), rollouts/, model/, results.json.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def practise(model, reference, tokenizer, items, args, run: Run, first: int):
         for _ in range(UPDATES):
             line = watch(groups) | learn(model, reference, groups, fixed, args)
             if not line["signal"] or line["unreadable"] > 0.5 or line["kl"] > 1:
-                say_once("a collapse? no signal, half is unreadable, or the KL is above 1")
+                say_once("collapse? no signal, half unreadable, or KL above 1: lower --lr")
             yield line
 
 
@@ -179,10 +179,10 @@ def main():
     model, data = [step2 / "model", step2 / "hard.jsonl"] if (step2 / "model").exists() else tiny
     option("--model", default=str(model), help="folder, Hub name or LoRA folder")
     option("--quantize", choices=BITS, default="none", help="weights in 8 or 4 bits")
-    option("--dtype", choices=DTYPES, default="auto", help="of the weights")
+    option("--dtype", choices=DTYPES, default="auto", help="number format of the weights")
     option("--data", default=str(data), help="preferences to learn from, not too easy ones")
     option("--limit", type=int, default=600, help="use the first N items")
-    option("--steps", type=int, default=40, help="updates")
+    option("--steps", type=int, default=40, help="rounds of rollouts")
     option("--prompts", type=int, default=16, help="prompts per step")
     option("--group-size", type=int, default=8, help="G, judgements of each prompt (the paper: 4)")
     option("--beta", type=float, default=0.08, help="weight of the KL term (the paper's for 27B)")
@@ -190,7 +190,7 @@ def main():
     option("--lora-r", type=int, default=16, help="rank of adapters; 0 trains all weights")
     option("--shots", action="store_true", help="a worked example first, for base models")
     option("--max-new-tokens", type=int, default=320, help="longest judgement, in tokens")
-    option("--seed", type=int, default=0, help="of everything")
+    option("--seed", type=int, default=0, help="random seed")
     option("--resume", action="store_true", help="go on with the run in --out")
     option("--out", default="runs/03_grpo", help="folder of the run")
     args = parser.parse_args()
@@ -212,7 +212,7 @@ def main():
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: it is told in one line."""
+    """A mistake that the user can fix: it is shown in one line."""
 
 
 def require(condition, message: str) -> None:
@@ -227,7 +227,7 @@ class Judgement:
 
     query: str | list[dict]  # text, or turns {"role", "content"}, the last the user's
     responses: list[str]
-    rewards: list[float]  # one a response, with one maximum; a single response has 1 (right) or 0
+    rewards: list[float]  # one per response, one maximum; a single response has 1 (right) or 0
     subset: str = ""
     reference: str | None = None  # an answer to judge against (E.1.3)
     item: int = 0  # the item's number in the data
@@ -305,7 +305,7 @@ SHOT = Judgement("Name three colours of the rainbow.", ["Red, brown.", "Red, gre
 SHOT.output = """Specific Criteria: all are in the rainbow (weight 3); there are three (weight 2).
 Analysis: Response 1 names two, one of them wrong. Response 2 names three, all of them right.
 Scores: \\boxed{1, 10}"""
-CRITIQUE_START = "Analysis: Response 1"  # past principles that it has learnt
+CRITIQUE_START = "Analysis: Response 1"  # skips the principles
 
 
 def encode(tokenizer, one: Judgement, shots: bool = False) -> list[int]:
@@ -399,7 +399,7 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 BATCH = 1024 if torch.cuda.is_available() else 256  # completions at once
-GROUP = 16  # completions in a row: each is multiplied with the columns of all of them
+GROUP = 16  # completions in a row: each attends over all of their columns
 progress = partial(tqdm, delay=10, mininterval=10, disable=RANK > 0)
 
 
@@ -534,10 +534,10 @@ def block_inputs(model, tokens, keys) -> dict:
 
 
 class Batch:
-    """Prompts in flight, a row (prompt, places of its completions) each: the prompt, padded on the
-    left, then n columns a step, one for each completion (see `block_inputs`). They share the
-    prompt's keys and values. A step changes buffers in place and waits for nothing, so CUDA can
-    record and repeat it (a graph). The first reads the prompt's last token, n times."""
+    """One row per (prompt, places of its completions): the prompt, padded on the left; then, for
+    each step, n columns, one per completion (see `block_inputs`), which share the prompt's keys and
+    values. A step changes buffers in place and waits for nothing, so CUDA can record and repeat it
+    (a graph). Step 0 reads the prompt's last token, n times."""
 
     def __init__(self, model, rows, temperature):
         self.model, self.temperature, device = model, temperature, model.device
@@ -615,12 +615,12 @@ class Batch:
 
 
 def start(main) -> None:
-    """Run main(). What the user can put right is one line; a bug shows its traceback."""
+    """Run main(). A user's mistake is shown in one line, a bug with its traceback."""
     try:
         main()
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         busy = isinstance(error, BlockingIOError)
-        sys.exit("error: " + ("another process works in --out" if busy else str(error)))
+        sys.exit("error: " + ("another process uses --out" if busy else str(error)))
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: --resume goes on")
 
@@ -679,8 +679,8 @@ def micro_batches(examples: list):
 
 def train(model, tokenizer, steps: int, gradients, args, run: Run) -> list[dict]:
     """AdamW, clipped to norm 1; the learning rate rises linearly in a tenth of the steps and falls
-    along a cosine to a tenth of its peak. gradients(first) yields once a step, from step `first`
-    on: it has left this rank's gradients, and yields what to log. Goes on from the run's
+    along a cosine to a tenth of its peak. From step `first` on, gradients(first) sets this rank's
+    p.grad once per step and yields what to log. Goes on from the run's
     checkpoint; saves all weights, or the adapters in PEFT's format, in model/. Returns the log."""
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     adam = torch.optim.AdamW(weights.values(), args.lr, betas=(0.9, 0.95), weight_decay=0.0)

@@ -77,7 +77,7 @@ def subsets(values: torch.Tensor, k: int, rounds: int = 100):
 
 
 def right_and_tied(votes: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
-    """Accuracy (a tie is a coin toss), strict (Eq. 10), ties of votes (items, subsets, responses):
+    """Accuracy (ties break at random), strict (Eq. 10), ties of votes (items, subsets, responses):
     means over the subsets, (3, items). best (items,): the best response."""
     top = votes == votes.amax(-1, keepdim=True)
     count, place = top.sum(-1), best[:, None, None].expand(-1, votes.shape[1], 1)
@@ -130,14 +130,14 @@ def main():
     models = [TINY / "judge", *sorted(Path("runs").glob("0[23]_*[a-z]/model"))]
     option("--model", action="append", help="repeat it to compare")
     option("--quantize", choices=BITS, default="none", help="weights in 8 or 4 bits")
-    option("--dtype", choices=DTYPES, default="auto", help="of the weights")
+    option("--dtype", choices=DTYPES, default="auto", help="number format of weights")
     option("--data", default=str(TINY / "eval.jsonl"), help="preferences to judge")
     option("--limit", type=int, default=300, help="use the first N items")
     option("--k", type=int, default=32, help="samples of every item")
     option("--temperature", type=float, default=0.5, help="of the samples")
     option("--shots", action="store_true", help="a worked example first, for base models")
     option("--max-new-tokens", type=int, default=512, help="longest judgement, in tokens")
-    option("--seed", type=int, default=0, help="of the samples")
+    option("--seed", type=int, default=0, help="random seed")
     option("--resume", action="store_true", help="go on with the run in --out")
     option("--out", default="runs/04_voting", help="folder of the run")
     args = parser.parse_args()
@@ -171,7 +171,7 @@ def main():
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: it is told in one line."""
+    """A mistake that the user can fix: it is shown in one line."""
 
 
 def require(condition, message: str) -> None:
@@ -186,7 +186,7 @@ class Judgement:
 
     query: str | list[dict]  # text, or turns {"role", "content"}, the last the user's
     responses: list[str]
-    rewards: list[float]  # one a response, with one maximum; a single response has 1 (right) or 0
+    rewards: list[float]  # one per response, one maximum; a single response has 1 (right) or 0
     subset: str = ""
     reference: str | None = None  # an answer to judge against (E.1.3)
     item: int = 0  # the item's number in the data
@@ -264,7 +264,7 @@ SHOT = Judgement("Name three colours of the rainbow.", ["Red, brown.", "Red, gre
 SHOT.output = """Specific Criteria: all are in the rainbow (weight 3); there are three (weight 2).
 Analysis: Response 1 names two, one of them wrong. Response 2 names three, all of them right.
 Scores: \\boxed{1, 10}"""
-CRITIQUE_START = "Analysis: Response 1"  # past principles that it has learnt
+CRITIQUE_START = "Analysis: Response 1"  # skips the principles
 
 
 def encode(tokenizer, one: Judgement, shots: bool = False) -> list[int]:
@@ -379,7 +379,7 @@ BITS, DTYPES = ["none", "int8", "nf4"], ["auto", "float32", "bfloat16"]
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 CHUNK = 1024  # judgements that a kill may cost
 BATCH = 1024 if torch.cuda.is_available() else 256  # completions at once
-GROUP = 16  # completions in a row: each is multiplied with the columns of all of them
+GROUP = 16  # completions in a row: each attends over all of their columns
 progress = partial(tqdm, delay=10, mininterval=10, disable=RANK > 0)
 
 
@@ -514,10 +514,10 @@ def block_inputs(model, tokens, keys) -> dict:
 
 
 class Batch:
-    """Prompts in flight, a row (prompt, places of its completions) each: the prompt, padded on the
-    left, then n columns a step, one for each completion (see `block_inputs`). They share the
-    prompt's keys and values. A step changes buffers in place and waits for nothing, so CUDA can
-    record and repeat it (a graph). The first reads the prompt's last token, n times."""
+    """One row per (prompt, places of its completions): the prompt, padded on the left; then, for
+    each step, n columns, one per completion (see `block_inputs`), which share the prompt's keys and
+    values. A step changes buffers in place and waits for nothing, so CUDA can record and repeat it
+    (a graph). Step 0 reads the prompt's last token, n times."""
 
     def __init__(self, model, rows, temperature):
         self.model, self.temperature, device = model, temperature, model.device
@@ -595,12 +595,12 @@ class Batch:
 
 
 def start(main) -> None:
-    """Run main(). What the user can put right is one line; a bug shows its traceback."""
+    """Run main(). A user's mistake is shown in one line, a bug with its traceback."""
     try:
         main()
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         busy = isinstance(error, BlockingIOError)
-        sys.exit("error: " + ("another process works in --out" if busy else str(error)))
+        sys.exit("error: " + ("another process uses --out" if busy else str(error)))
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: --resume goes on")
 

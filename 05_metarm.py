@@ -7,11 +7,11 @@ reward, learnt by binary cross-entropy:
 
     L = -[ c log sigmoid(m) + (1 - c) log(1 - sigmoid(m)) ],     c = 1 if the scores are correct
 
-It learns from what step 2 sampled without hints, right and wrong, and from fresh judgements of the
-judge that is to be guided: the later rollouts of step 3, or samples of step 4 on training items.
-Of k samples, guided voting keeps the k_meta = k / 2 with the highest meta rewards and adds them up
-(Eq. 14). The samples are those of step 4. The oracle, for comparison, knows the truth: it keeps the
-correct samples (all, if none is correct).
+It learns from step 2's samples without hints, right and wrong. It also learns from the judge to be
+guided: from step 3's later rollouts, or from step 4's samples of training items. Of k samples,
+guided voting adds up the scores of the k_meta = k / 2 with the highest meta rewards (Eq. 14). The
+samples are those of step 4. The oracle, for comparison, knows the truth: it keeps the correct
+samples (all, if none is correct).
 
     python 05_metarm.py                                          the judge of step 4, on a CPU
     python 05_metarm.py --samples runs/04_voting/samples_2.jsonl --out runs/second
@@ -197,14 +197,14 @@ def main():
     option = parser.add_argument
     option("--samples", default="runs/04_voting/samples_1.jsonl", help="of step 4, to vote on")
     option("--learn", nargs="+", help="files of judgements; by default of steps 2 and 3")
-    option("--base", help="model to start from; by default the judge's, before training")
+    option("--base", help="start model; by default the judge before training")
     option("--quantize", choices=BITS, default="none", help="weights in 8 or 4 bits")
-    option("--dtype", choices=DTYPES, default="auto", help="of the weights")
+    option("--dtype", choices=DTYPES, default="auto", help="number format of the weights")
     option("--k-meta", type=float, default=0.5, help="share of the samples kept, k_meta / k")
     option("--lora-r", type=int, default=8, help="rank of the adapters")
     option("--lr", type=float, default=4e-3, help="peak learning rate (the paper: 1e-5)")
     option("--epochs", type=float, default=1.5, help="passes over the judgements")
-    option("--seed", type=int, default=0, help="of everything")
+    option("--seed", type=int, default=0, help="random seed")
     option("--resume", action="store_true", help="go on with the run in --out")
     option("--out", default="runs/05_metarm", help="folder of the run")
     args = parser.parse_args()
@@ -218,7 +218,7 @@ def main():
     numbers = [one.item for one in samples]
     total = numbers.count(numbers[0])
     even = [number for number in numbers[::total] for _ in range(total)]
-    require(numbers == even, f"{args.samples} has not {total} samples of each item")
+    require(numbers == even, f"{args.samples} lacks {total} samples of an item")
     require(args.learn, "nothing to learn from: run steps 2 and 3, or give --learn")
     judgements = judgements_to_learn(args.learn, {str(one.query) for one in samples})
     base = args.base or origin(Path(args.samples))
@@ -247,7 +247,7 @@ def main():
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: it is told in one line."""
+    """A mistake that the user can fix: it is shown in one line."""
 
 
 def require(condition, message: str) -> None:
@@ -262,7 +262,7 @@ class Judgement:
 
     query: str | list[dict]  # text, or turns {"role", "content"}, the last the user's
     responses: list[str]
-    rewards: list[float]  # one a response, with one maximum; a single response has 1 (right) or 0
+    rewards: list[float]  # one per response, one maximum; a single response has 1 (right) or 0
     subset: str = ""
     reference: str | None = None  # an answer to judge against (E.1.3)
     item: int = 0  # the item's number in the data
@@ -463,12 +463,12 @@ def load_model(name: str, quantize: str = "none", dtype: str = "auto"):
 
 
 def start(main) -> None:
-    """Run main(). What the user can put right is one line; a bug shows its traceback."""
+    """Run main(). A user's mistake is shown in one line, a bug with its traceback."""
     try:
         main()
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         busy = isinstance(error, BlockingIOError)
-        sys.exit("error: " + ("another process works in --out" if busy else str(error)))
+        sys.exit("error: " + ("another process uses --out" if busy else str(error)))
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: --resume goes on")
 
@@ -496,8 +496,8 @@ def micro_batches(examples: list):
 
 def train(model, tokenizer, steps: int, gradients, args, run: Run) -> list[dict]:
     """AdamW, clipped to norm 1; the learning rate rises linearly in a tenth of the steps and falls
-    along a cosine to a tenth of its peak. gradients(first) yields once a step, from step `first`
-    on: it has left this rank's gradients, and yields what to log. Goes on from the run's
+    along a cosine to a tenth of its peak. From step `first` on, gradients(first) sets this rank's
+    p.grad once per step and yields what to log. Goes on from the run's
     checkpoint; saves all weights, or the adapters in PEFT's format, in model/. Returns the log."""
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     adam = torch.optim.AdamW(weights.values(), args.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -577,7 +577,7 @@ def subsets(values: torch.Tensor, k: int, rounds: int = 100):
 
 
 def right_and_tied(votes: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
-    """Accuracy (a tie is a coin toss), strict (Eq. 10), ties of votes (items, subsets, responses):
+    """Accuracy (ties break at random), strict (Eq. 10), ties of votes (items, subsets, responses):
     means over the subsets, (3, items). best (items,): the best response."""
     top = votes == votes.amax(-1, keepdim=True)
     count, place = top.sum(-1), best[:, None, None].expand(-1, votes.shape[1], 1)

@@ -49,7 +49,7 @@ def test_what_is_written_and_shown(step, tmp_path):
     figures = grm.measure(judged)
     assert json.loads(json.dumps(figures)).items() <= results["figures"].items()
     assert results["tokens"] == sum(one.tokens for one in judged)
-    accuracy = figures["accuracy (a tie is a coin toss)"]["mean"]
+    accuracy = figures["accuracy (ties break at random)"]["mean"]
     assert 0.5 < accuracy < 1 and f"{100 * accuracy:.1f} +- " in shown
     assert figures["unreadable"]["mean"] < 0.1 and results["settings"]["probe"] == 5
     many = [one for one in judged if len(one.rewards) > 1][:5]
@@ -57,7 +57,7 @@ def test_what_is_written_and_shown(step, tmp_path):
         again = judgements(tmp_path / "out", f"{name.split()[0]}.jsonl")
         assert [one.responses for one in again] == [one.responses for one in asked]
         kept = [after.correct for before, after in zip(many, again) if before.correct]
-        row = results["figures"][f"right verdicts that survive {name}"]
+        row = results["figures"][f"still correct after {name}"]
         assert (row["mean"], row["n"]) == (sum(kept) / len(kept), len(kept))
 
 

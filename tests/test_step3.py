@@ -163,5 +163,5 @@ def test_a_collapse_is_said_once(monkeypatch, capsys):
         run = SimpleNamespace(write=lambda *what: None)
         steps = grpo.practise(None, None, None, [], None, run, 0)
         assert [next(steps) for _ in range(3)] == lines
-        told.append(capsys.readouterr().out.count("a collapse?"))
+        told.append(capsys.readouterr().out.count("collapse?"))
     assert told == [0, 1, 1, 1]
