@@ -205,13 +205,11 @@ def test_01_4_principles_from_the_query_alone(monkeypatch, tell):
         right = re.fullmatch(r"\d+ \(weight 1\); b \(weight 2\)", text)
         expect(right, f"principles_alone: the criteria alone, without a full stop, not {text!r}")
     alone = [named_in(text) for text in principles_alone(model, tokenizer, pairs, ARGS)]
-    turned = [step.Judgement(p.query, p.responses[::-1], p.rewards[::-1]) for p in pairs]
     ways = {"the query alone": alone}
-    for name, items in (("query and responses", pairs), ("... turned round", turned)):
-        prompts = [
-            step.encode(tokenizer, step.show(item, 0, list(range(len(item.responses)))))
-            for item in items
-        ]
+    for name, best_first in (("best response first", True), ("worst response first", False)):
+        orders = [sorted((0, 1), key=p.rewards.__getitem__, reverse=best_first) for p in pairs]
+        shown = [step.show(item, 0, order) for item, order in zip(pairs, orders)]
+        prompts = [step.encode(tokenizer, one) for one in shown]
         drawn = step.sample(model, tokenizer, prompts, 0.0, ARGS)
         ways[name] = [named_in(tokenizer.decode(ids, skip_special_tokens=True)) for ids in drawn]
     for name, named in ways.items():
@@ -221,10 +219,10 @@ def test_01_4_principles_from_the_query_alone(monkeypatch, tell):
             shares.append(sum(any(text in one for one in of) for text in asked) / len(asked))
         same = [
             len(of & other) / len(of | other)
-            for of, other in zip(named, ways["query and responses"])
+            for of, other in zip(named, ways["best response first"])
         ]
         tell(f"{name}: {sum(shares) / 24:.0%} of the request's criteria are named,")
-        tell(f"    and {sum(same) / 24:.0%} are those of the prompt with both responses.")
+        tell(f"    and {sum(same) / 24:.0%} of them are those named with the best response first.")
 
 
 def trajectories(step, outcomes: str, hinted: str = "", ties_pass: bool = False) -> list:

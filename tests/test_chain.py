@@ -137,6 +137,26 @@ def test_a_report_shows_each_step_that_was_run_and_escapes_what_was_written(fold
     assert "<h2>Step 1" not in page and "<script>" not in page and "&lt;script&gt;" in page
 
 
+def test_a_report_compares_one_judgement_with_one(tmp_path):
+    """The second item's first sample is right; a later sample of the first item is not looked at."""
+    import report  # of tests/tools
+
+    def write(name, judged):
+        lines = []
+        for query, scores in judged:
+            one = {"query": query, "responses": ["a", "b"], "rewards": [1, 0], "scores": scores}
+            lines.append(json.dumps(one | {"correct": scores == [9, 1], "output": str(scores)}))
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("\n".join(lines))
+
+    write(report.JUDGED, [("one", [2, 8]), ("two", [3, 7])])
+    write(report.SAMPLES, [("one", [4, 4]), ("one", [9, 1]), ("two", [4, 4])])
+    assert report.before_and_after(tmp_path) == ""
+    write(report.SAMPLES, [("one", [4, 4]), ("one", [9, 1]), ("two", [9, 1])])
+    page = report.before_and_after(tmp_path)
+    assert "[3, 7]: wrong" in page and "[9, 1]: right" in page and "[2, 8]" not in page
+
+
 def test_a_report_says_that_the_judge_is_lost(tmp_path):
     import report  # of tests/tools
 

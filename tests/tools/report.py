@@ -109,13 +109,16 @@ def question(one) -> str:
 
 
 def before_and_after(runs: Path) -> str:
-    """An item that step 1's judge got wrong, and the judge of step 4 right."""
+    """An item that step 1's judge got wrong, and the first sample of step 4's judge right."""
     if not (runs / JUDGED).exists() or not (runs / SAMPLES).exists():
         return ""
-    later = {str(one.query): one for one in step.read_lines(runs / SAMPLES) if one.correct}
+    later = {}
+    for one in step.read_lines(runs / SAMPLES):
+        later.setdefault(str(one.query), one)
     for one in step.read_lines(runs / JUDGED):
         after = later.get(str(one.query))
-        if after and not one.correct and sorted(one.responses) == sorted(after.responses):
+        mended = after and after.correct and not one.correct
+        if mended and sorted(one.responses) == sorted(after.responses):
             pair = judgement(one, "Before training") + judgement(after, "After")
             orders = question(one) + "<p>After, the responses may be in another order.</p>"
             return f'<h2>A judgement before and after</h2>{orders}<div class="two">{pair}</div>'
