@@ -37,7 +37,7 @@ import re
 import sys
 import time
 from collections import defaultdict, namedtuple
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -163,6 +163,7 @@ def practise(model, reference, tokenizer, items, args, run: Run, first: int):
     """For train(): roll out, and leave the gradients of UPDATES updates, one after the other."""
     for step in itertools.count(first // UPDATES):
         groups, fixed = roll_out(model, tokenizer, items, args, step), {}
+        require(groups, "every prompt is too long for this model and --max-new-tokens")
         judgements = sum((group.judgements for group in groups), [])
         run.write(f"rollouts/{step + 1:04}.jsonl", map(asdict, judgements))
         for _ in range(UPDATES):
@@ -258,11 +259,10 @@ def show(item: Judgement, number: int, order: list[int], **more) -> Judgement:
 
 def read_lines(path: str | Path) -> list[Judgement]:
     """Items or judgements from JSON Lines of our own. Raises UserError."""
-    names, records = {one.name for one in fields(Judgement)}, []
+    records = []
     try:
         for line in Path(path).read_bytes().strip().split(b"\n"):
-            record = json.loads(line)
-            records.append(Judgement(**{name: record[name] for name in names & record.keys()}))
+            records.append(Judgement(**json.loads(line)))  # no other keys
     except (UserError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path}:{len(records) + 1}: {error} (see tests/tools/export.py)") from None
     return records
@@ -332,7 +332,8 @@ def encode_turns(tokenizer, turns: list[str], start: str = "") -> list[int]:
         return tokenizer("\n\n".join([*turns, start]))["input_ids"]
     turns = [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns)]
     style = {"enable_thinking": False, "add_generation_prompt": True}  # Qwen 3 thinks by default
-    text = tokenizer.apply_chat_template(turns, tokenize=False, **style) + start
+    text = tokenizer.apply_chat_template(turns, tokenize=False, **style)
+    text = re.sub(r"<think>\s*\Z", "<think>\n\n</think>\n\n", text) + start  # R1 thinks
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written BOS
 
 
@@ -353,18 +354,18 @@ def end_tokens(model, tokenizer) -> list[int]:
 
 
 LABEL = re.compile(r"^[^\w\n]*(?:\d+[.)][^\w\n]*)?scores?\b[ *_\r]*(:|$)", re.I | re.M)
-BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+BOX = re.compile(r"\D*?\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")  # no number before it
 DECORATION = re.compile(r"\\(?:text|mathbf|[,;: ])|[{}$*`\s]")
 
 
 def read_scores(text: str, n: int, binary: bool = False) -> tuple[list[int] | None, str]:
-    """extract(C) of Eq. 7, from the first box after the last "Scores:" line; <think> parts do not
-    count. Returns n whole numbers in 1..10 (binary: 0..1) and "", or None and the reason."""
-    text = text.rpartition("</think>")[2]
-    labels = [*LABEL.finditer("" if text.lstrip().startswith("<think>") else text)]
-    box = BOX.search(text, labels[-1].end()) if labels else None
-    entries = DECORATION.sub("", box[1] if box else "").replace("\uff0c", ",").split(",")
-    numbers = [int(entry) if re.fullmatch("[0-9]{1,2}", entry) else -1 for entry in entries]
+    """extract(C) of Eq. 7, from the box after the last "Scores:"; <think> parts do not count.
+    Returns n whole numbers in 1..10 (binary: 0..1) and "", or None and the reason."""
+    text = text.rpartition("</think>")[2].partition("<think>")[0]
+    labels = [*LABEL.finditer(text)]
+    box = BOX.match(text, labels[-1].end()) if labels else None
+    entries = DECORATION.sub(" ", box[1] if box else "").replace("\uff0c", ",").split(",")
+    numbers = [int(entry) if re.fullmatch(" *[0-9]{1,2} *", entry) else -1 for entry in entries]
     low, high = (0, 1) if binary else (1, 10)
     if len(numbers) != n or min(numbers) < low or max(numbers) > high:
         return None, f"no line Scores: with a box of {n} whole numbers in {low}..{high}"
@@ -558,9 +559,8 @@ class Batch:
 
     def read(self, columns) -> torch.Tensor:
         """The logits (rows, at most n, vocabulary) after the tokens at the last of `columns`."""
-        inputs = block_inputs(
-            self.model, self.tokens[..., columns], self.tokens[..., : self.visible]
-        )
+        seen = self.tokens[..., : self.visible]
+        inputs = block_inputs(self.model, self.tokens[..., columns], seen)
         return self.model(**inputs, past_key_values=self.cache, logits_to_keep=self.n).logits
 
     def keep(self, rows, members, steps: int) -> None:
@@ -630,8 +630,7 @@ LOGITS_AT_ONCE = 2**25  # 128 MB in float32
 
 def token_log_probs(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Log-probabilities (tokens,) of `targets` (tokens,) after the hidden states (tokens, width).
-    The logits of 2048 tokens take 2 GB with Gemma's vocabulary of 262,144 entries. So they are made
-    for a few tokens at a time, forgotten, and made again in the backward pass."""
+    Gemma's logits of 2048 tokens take 2 GB: make a few, forget them, make them again backward."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
 
@@ -648,13 +647,14 @@ def token_log_probs(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch
 def set_trainable(model, args) -> None:
     """Train the model's adapters. If it has none: new ones on all linear layers of its blocks
     (--lora-r), or all weights, in float32."""
-    if args.lora_r and not any("lora_" in name for name, _ in model.named_parameters()):
+    if args.lora_r and "peft_config" not in vars(model):
         torch.manual_seed(args.seed)
         sees = ".*(vision|audio).*" if hasattr(model.config, "vision_config") else None
         kind = {"target_modules": "all-linear", "exclude_modules": sees}  # not eyes and ears
         model.add_adapter(LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r, **kind))
     adapters = [p for name, p in model.named_parameters() if "lora_" in name]
-    require(adapters or not getattr(model, "is_quantized", False), "--quantize needs --lora-r")
+    fixed = getattr(model, "is_quantized", False) or "peft_config" in vars(model)
+    require(adapters or not fixed, "4 or 8 bits need --lora-r; of adapters, LoRA can be trained")
     for parameter in adapters or model.float().parameters():
         parameter.requires_grad_(True)
 
@@ -680,8 +680,8 @@ def micro_batches(examples: list):
 def train(model, tokenizer, steps: int, gradients, args, run: Run) -> list[dict]:
     """AdamW, clipped to norm 1; the learning rate rises linearly in a tenth of the steps and falls
     along a cosine to a tenth of its peak. From step `first` on, gradients(first) sets this rank's
-    p.grad once per step and yields what to log. Goes on from the run's
-    checkpoint; saves all weights, or the adapters in PEFT's format, in model/. Returns the log."""
+    p.grad once per step and yields what to log. Goes on from the run's checkpoint. Saves all
+    weights, or the adapters in PEFT's format, in model/. Returns the log."""
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     adam = torch.optim.AdamW(weights.values(), args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     path, log, rise = run.folder / "checkpoint.pt", [], max(1, round(0.1 * steps))

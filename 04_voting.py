@@ -29,7 +29,7 @@ import re
 import sys
 import time
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -217,11 +217,10 @@ def show(item: Judgement, number: int, order: list[int], **more) -> Judgement:
 
 def read_lines(path: str | Path) -> list[Judgement]:
     """Items or judgements from JSON Lines of our own. Raises UserError."""
-    names, records = {one.name for one in fields(Judgement)}, []
+    records = []
     try:
         for line in Path(path).read_bytes().strip().split(b"\n"):
-            record = json.loads(line)
-            records.append(Judgement(**{name: record[name] for name in names & record.keys()}))
+            records.append(Judgement(**json.loads(line)))  # no other keys
     except (UserError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path}:{len(records) + 1}: {error} (see tests/tools/export.py)") from None
     return records
@@ -291,7 +290,8 @@ def encode_turns(tokenizer, turns: list[str], start: str = "") -> list[int]:
         return tokenizer("\n\n".join([*turns, start]))["input_ids"]
     turns = [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(turns)]
     style = {"enable_thinking": False, "add_generation_prompt": True}  # Qwen 3 thinks by default
-    text = tokenizer.apply_chat_template(turns, tokenize=False, **style) + start
+    text = tokenizer.apply_chat_template(turns, tokenize=False, **style)
+    text = re.sub(r"<think>\s*\Z", "<think>\n\n</think>\n\n", text) + start  # R1 thinks
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written BOS
 
 
@@ -312,18 +312,18 @@ def end_tokens(model, tokenizer) -> list[int]:
 
 
 LABEL = re.compile(r"^[^\w\n]*(?:\d+[.)][^\w\n]*)?scores?\b[ *_\r]*(:|$)", re.I | re.M)
-BOX = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+BOX = re.compile(r"\D*?\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")  # no number before it
 DECORATION = re.compile(r"\\(?:text|mathbf|[,;: ])|[{}$*`\s]")
 
 
 def read_scores(text: str, n: int, binary: bool = False) -> tuple[list[int] | None, str]:
-    """extract(C) of Eq. 7, from the first box after the last "Scores:" line; <think> parts do not
-    count. Returns n whole numbers in 1..10 (binary: 0..1) and "", or None and the reason."""
-    text = text.rpartition("</think>")[2]
-    labels = [*LABEL.finditer("" if text.lstrip().startswith("<think>") else text)]
-    box = BOX.search(text, labels[-1].end()) if labels else None
-    entries = DECORATION.sub("", box[1] if box else "").replace("\uff0c", ",").split(",")
-    numbers = [int(entry) if re.fullmatch("[0-9]{1,2}", entry) else -1 for entry in entries]
+    """extract(C) of Eq. 7, from the box after the last "Scores:"; <think> parts do not count.
+    Returns n whole numbers in 1..10 (binary: 0..1) and "", or None and the reason."""
+    text = text.rpartition("</think>")[2].partition("<think>")[0]
+    labels = [*LABEL.finditer(text)]
+    box = BOX.match(text, labels[-1].end()) if labels else None
+    entries = DECORATION.sub(" ", box[1] if box else "").replace("\uff0c", ",").split(",")
+    numbers = [int(entry) if re.fullmatch(" *[0-9]{1,2} *", entry) else -1 for entry in entries]
     low, high = (0, 1) if binary else (1, 10)
     if len(numbers) != n or min(numbers) < low or max(numbers) > high:
         return None, f"no line Scores: with a box of {n} whole numbers in {low}..{high}"
@@ -360,8 +360,9 @@ def read_into(one: Judgement, ids: list[int], tokenizer, args) -> Judgement:
 
 def judge(model, tokenizer, asked, temperature, args, run, name) -> list[Judgement]:
     """Judge what is asked and not in the run's file `name` yet. It grows by CHUNK at a time."""
-    path = run.folder / name
-    done = read_lines(path) if path.exists() else []
+    done = read_lines(run.folder / name) if (run.folder / name).exists() else []
+    same = all(old.responses == one.responses for old, one in zip(done, asked))
+    require(same, f"{name} is of other data")
     for first in range(len(done), len(asked), CHUNK):
         part = asked[first : first + CHUNK]
         prompts = [encode(tokenizer, one, args.shots) for one in part]
@@ -538,9 +539,8 @@ class Batch:
 
     def read(self, columns) -> torch.Tensor:
         """The logits (rows, at most n, vocabulary) after the tokens at the last of `columns`."""
-        inputs = block_inputs(
-            self.model, self.tokens[..., columns], self.tokens[..., : self.visible]
-        )
+        seen = self.tokens[..., : self.visible]
+        inputs = block_inputs(self.model, self.tokens[..., columns], seen)
         return self.model(**inputs, past_key_values=self.cache, logits_to_keep=self.n).logits
 
     def keep(self, rows, members, steps: int) -> None:

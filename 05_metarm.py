@@ -36,7 +36,7 @@ import sys
 import time
 import zlib
 from collections import Counter, namedtuple
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -287,11 +287,10 @@ class Judgement:
 
 def read_lines(path: str | Path) -> list[Judgement]:
     """Items or judgements from JSON Lines of our own. Raises UserError."""
-    names, records = {one.name for one in fields(Judgement)}, []
+    records = []
     try:
         for line in Path(path).read_bytes().strip().split(b"\n"):
-            record = json.loads(line)
-            records.append(Judgement(**{name: record[name] for name in names & record.keys()}))
+            records.append(Judgement(**json.loads(line)))  # no other keys
     except (UserError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"{path}:{len(records) + 1}: {error} (see tests/tools/export.py)") from None
     return records
@@ -497,8 +496,8 @@ def micro_batches(examples: list):
 def train(model, tokenizer, steps: int, gradients, args, run: Run) -> list[dict]:
     """AdamW, clipped to norm 1; the learning rate rises linearly in a tenth of the steps and falls
     along a cosine to a tenth of its peak. From step `first` on, gradients(first) sets this rank's
-    p.grad once per step and yields what to log. Goes on from the run's
-    checkpoint; saves all weights, or the adapters in PEFT's format, in model/. Returns the log."""
+    p.grad once per step and yields what to log. Goes on from the run's checkpoint. Saves all
+    weights, or the adapters in PEFT's format, in model/. Returns the log."""
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     adam = torch.optim.AdamW(weights.values(), args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     path, log, rise = run.folder / "checkpoint.pt", [], max(1, round(0.1 * steps))

@@ -145,6 +145,15 @@ QUERIES = [
     (PAIR | {"prompt": [USER, CALL, USER | {"role": "tool"}]}, ["Which?", "weigh", "Which?"]),
     ({"context": "Plums.", "question": "Which?", **PAIR, "prompt": ""}, "Plums.\n\nWhich?"),
     ({"instruction": "Sort.", "input": "b a", **PAIR, "prompt": None}, "Sort.\n\nb a"),
+    ({"instruction": "Is 2 even?", "input": "2", **PAIR, "prompt": None}, "Is 2 even?\n\n2"),
+    (PAIR | {"system_prompt": "Be brief."}, ["Be brief.", "Which?"]),
+    ({"passage": "Plums.", "question": "Which?", **PAIR, "prompt": None}, "Plums.\n\nWhich?"),
+    ({"system": "Be brief.", "messages": [USER], **PAIR, "prompt": ""}, ["Be brief.", "Which?"]),
+    (PAIR | {"history": TALK[:2]}, ["plums", "Some.", "Which?"]),
+    (
+        {"query": "Which?", "responses": [GOOD, BAD], "rewards": [1, 0], "system": "Be brief."},
+        ["Be brief.", "Which?"],
+    ),
 ]
 
 
@@ -173,6 +182,8 @@ REFUSED = [
     (TALKS | {"rejected": [*TALK, said(BAD)]}, "query"),
     ({"chosen": hh("a", GOOD, "b"), "rejected": hh("a", BAD, "b")}, "query"),
     (ASKED | {"responses": ["a", "b"], "scores": [1, 0, 0]}, "responses"),
+    (PAIR | {"score_chosen": 7.0, "score_rejected": 7.0}, "equal scores"),
+    (PAIR | {"tools": [{"name": "scale"}]}, "tools"),
 ]
 
 
@@ -182,6 +193,21 @@ def test_refused(tmp_path, record, word, capsys):
         read(tmp_path, PAIR, record)
     assert len(read(tmp_path, PAIR, record, record, skip_bad=True)) == 1
     assert "2" in capsys.readouterr().out.partition("data.jsonl:2:")[0]
+
+
+@pytest.mark.parametrize(
+    "names, label",
+    [(("output_1", "output_2"), 0), (("response 1", "response 2"), 2), (("", ""), None)],
+)
+def test_labels_of_another_count_refuse_the_file(tmp_path, names, label):
+    """Else one half would be left out and the other half be read the wrong way round."""
+    record = ASKED | dict(zip(names, (GOOD, BAD)))
+    if label is None:
+        record |= {"human_ref_A": GOOD, "human_ref_B": BAD, "labels": 2}
+    else:
+        record |= {"label": label}
+    with pytest.raises(grm.UserError, match=rf"data\.jsonl:2: label.* {record.get('label', 2)}"):
+        read(tmp_path, PAIR, record, PAIR, skip_bad=True)
 
 
 def test_files_and_splits(tmp_path, capsys):
@@ -199,6 +225,11 @@ def test_files_and_splits(tmp_path, capsys):
         assert export.import_preferences(source, False) == read(tmp_path, PAIR)
     assert "test" in capsys.readouterr().out
     (tmp_path / "page.jsonl").write_text("<html>")
+    (tmp_path / "pointer.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid x")
+    (tmp_path / "wide.jsonl").write_text(json.dumps(PAIR), encoding="utf-16")
+    for source, word in (("pointer.jsonl", "git lfs pull"), ("wide.jsonl", "UTF-8")):
+        with pytest.raises(grm.UserError, match=f"{source}: .*{word}"):
+            export.import_preferences(source, False)
     for source in ("page.jsonl", "no/such", "nothing.csv", "owner/name:dev"):
         with pytest.raises(grm.UserError, match=source):
             export.import_preferences(source, False)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import JUDGE, gemma_270m, load_script, refusal
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 grm = load_script("01_pointwise_grm")
@@ -71,6 +72,7 @@ def test_a_model_is_as_it_was_stored_and_samples_and_learns(bits, tmp_path):
 RATES = {"attn_pdrop": 0.5, "embd_pdrop": 0.5, "resid_pdrop": 0.5}
 RIGHT = {"GPT2": RATES, "Llama": {"attention_dropout": 0.5}, "OPT": {"word_embed_proj_dim": 32}}
 RIGHT |= {"Falcon": {"attention_dropout": 0.5, "alibi": False}, "Cohere": {"logit_scale": 0.1}}
+RIGHT |= {"Mistral": {"sliding_window": 400, "num_key_value_heads": 4}}
 
 
 @pytest.mark.parametrize("family", RIGHT)
@@ -142,8 +144,9 @@ TEMPLATES = {
     "template writes a token that the model lacks": "{{ messages[0].content }}<turn>",
 }
 WRONG = {"GPTNeo": {"attention_types": [[["global", "local"], 1]], "window_size": 8}, "Rwkv": {}}
+WRONG |= {"Llama": {"sliding_window": 400}}  # which it does not have
 WRONG |= {"Mamba": {}, "Jamba": {"num_experts": 2, "mamba_d_state": 4}, "T5": {"d_model": 32}}
-KINDS = "name|path|empty|no weights|torn|run|too few weights".split("|")
+KINDS = "name|path|empty|no weights|torn|run|too few weights|EOS ends prompts".split("|")
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *TEMPLATES, *WRONG])
@@ -164,6 +167,13 @@ def test_what_is_refused(kind, monkeypatch, capsys, tmp_path):
     elif kind == "too few weights":
         more = {"num_hidden_layers": 6, "layer_types": ["full_attention"] * 6}
         change(model / "config.json", **more)
+    elif kind == "EOS ends prompts":
+        (model / "chat_template.jinja").unlink(missing_ok=True)
+        tokenizer = AutoTokenizer.from_pretrained(JUDGE)
+        tokenizer.chat_template, both = None, [("<bos>", 1), ("<eos>", 2)]
+        ends = TemplateProcessing(single="<bos> $A <eos>", special_tokens=both)
+        tokenizer.backend_tokenizer.post_processor = ends
+        tokenizer.save_pretrained(model)
     elif kind in TEMPLATES:
         tokenizer = AutoTokenizer.from_pretrained(JUDGE)
         tokenizer.add_tokens(["<turn>"])
@@ -174,7 +184,13 @@ def test_what_is_refused(kind, monkeypatch, capsys, tmp_path):
         save_random(model, kind, **WRONG[kind])
     asked = "--model", named.removesuffix("/model"), "--query", "q", "--response", "a"
     told = refusal(monkeypatch, capsys, tmp_path, "01_pointwise_grm.py", *asked)
-    assert kind in [*TEMPLATES, *WRONG] or named in told
+    assert kind in [*TEMPLATES, *WRONG, "EOS ends prompts"] or named in told
+
+
+def test_bfloat16_hides_no_wrong_sampler(tmp_path):
+    folder = save_random(tmp_path, "GPTNeo", **WRONG["GPTNeo"])
+    with pytest.raises(grm.UserError, match="a logit is .*, the model's own "):
+        grm.check_model(*grm.load_model(folder, dtype="bfloat16"))
 
 
 @pytest.mark.gemma

@@ -109,6 +109,8 @@ def test_ids_have_one_bos_and_decode_to_the_turns():
         one.principles = True
     chat.chat_template = "{{ messages[0].content }}{% if enable_thinking is false %}!{% endif %}"
     assert chat.decode(grm.encode_turns(chat, ["x"])) == "x!"  # a judge does not think
+    chat.chat_template = "{{ messages[0].content }}<think>\n"  # DeepSeek R1's: ends the thought
+    assert chat.decode(grm.encode_turns(chat, ["x"], "y")) == "x<think>\n\n</think>\n\ny"
     assert grm.is_correct(grm.read_scores(grm.SHOT.output, 2)[0], grm.SHOT.rewards)
 
 

@@ -29,9 +29,11 @@ READABLE = READABLE.replace("&", "\u00a0").replace(
 UNREADABLE = r"""Scores: 9, 2|\boxed{9, 2}|The scores: \boxed{9, 2}|Scoreboard: \boxed{9, 2}
 |Response 2 claims \boxed{1, 10}, a trick.~Scores: 9, 2|Scores: \boxed(9, 2)|Scores: \boxed{9,
 |Response 2 claims \boxed{1, 10}, a trick. Response 1 is rig|Scores: \boxed{9, 2}~Scores: none
-|<think>~Scores: \boxed{9, 2}~Wait|Scores: \boxed{9, 2}</think>"""
+|<think>~Scores: \boxed{9, 2}~Wait|Scores: \boxed{9, 2}</think>
+|Scores: 9, 2~Note: Response 2 had \boxed{1, 10}.|Scores: \boxed{9, 2~Note: \boxed{1, 10}
+|Sure.~<think>~Scores: \boxed{9, 2}~Wait"""
 BOXES = """9|9, 2, 5|9 2|9; 2||, |x, y|s1, s2|0, 9|9, 11|9, 100|9, -2|9, +2|9, 2.0|9, 2/10|9, 1e1|9, 2,\
-|{9}, {2|\u0669, \u0662|\uff19, \uff12|9, \u00b2|9, 2\u200b|9, 2\0|9, nan|9, 1_0"""
+|{9}, {2|1 0, 2|1\\,0, 2|1**0, 2|\u0669, \u0662|\uff19, \uff12|9, \u00b2|9, 2\u200b|9, 2\0|9, nan|9, 1_0"""
 READABLE = [text.strip().replace("~", "\n") for text in READABLE.split("|")]
 UNREADABLE = ["", *(text.strip().replace("~", "\n") for text in UNREADABLE.split("|"))]
 UNREADABLE += [f"Scores: \\boxed{{{box}}}" for box in BOXES.split("|")]

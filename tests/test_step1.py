@@ -145,6 +145,16 @@ def test_an_interrupted_run_goes_on(step, tmp_path, monkeypatch):
     assert step("--resume", "--out", "none", refuses=True) and not (tmp_path / "none").exists()
 
 
+def test_another_file_of_the_same_name_is_not_gone_on_with(step, tmp_path):
+    options = "--data", "rows.jsonl", "--max-new-tokens", 9
+    write(tmp_path / "rows.jsonl", [ROW])
+    step(*options)
+    write(tmp_path / "rows.jsonl", [ROW | {"responses": ["Take rope.", "Take tent."]}] * 2)
+    assert "other data" in step(*options, "--resume", refuses=True)
+    write(tmp_path / "rows.jsonl", [ROW | {"system": "Be brief."}])  # would not be shown
+    assert "rows.jsonl:1: " in (told := step(*options, refuses=True)) and "system" in told
+
+
 def test_another_chunk_draws_other_samples(step, tmp_path, monkeypatch):
     monkeypatch.setattr(grm, "CHUNK", 2)
     write(tmp_path / "rows.jsonl", [ROW] * 4)

@@ -221,6 +221,15 @@ def test_what_is_trained(tmp_path):
     assert all(p.grad.any() for name, p in trained(model).items() if "lora_B" in name)
 
 
+@pytest.mark.parametrize("lora_r", [0, 4])
+def test_adapters_of_another_kind_are_refused(lora_r, tmp_path):
+    """Else all weights would be trained, but only the adapters saved."""
+    model, _ = rft.load_model(str(JUDGE), dtype="float32")
+    model.add_adapter(peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    with pytest.raises(rft.UserError, match="LoRA"):
+        rft.set_trainable(model, options(tmp_path, lora_r=lora_r))
+
+
 def test_saved_adapters_are_pefts_and_load_from_anywhere(tmp_path, monkeypatch):
     ids = torch.tensor([[1, 40, 300, 5, 77, 400]])
     monkeypatch.chdir(JUDGE.parent)

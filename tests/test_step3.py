@@ -151,12 +151,21 @@ def test_rollouts_are_rewarded_by_the_truth(tmp_path):
     assert {reward for found in groups for reward in found.rewards} == {1.0, -1.0}
 
 
+def test_prompts_that_are_all_too_long_are_refused(tmp_path):
+    model, tokenizer = grpo.load_model(str(JUDGE), dtype="float32")
+    one = grpo.Judgement("q", ["long " * 3000, "short"], [1, 0])
+    run = SimpleNamespace(write=lambda *what: None)
+    args = options(tmp_path, prompts=1, group_size=2)
+    with pytest.raises(grpo.UserError, match="too long"):
+        next(grpo.practise(model, model, tokenizer, [one], args, run, 0))
+
+
 def test_a_collapse_is_said_once(monkeypatch, capsys):
     told = []
     for bad in ({}, {"signal": 0.0}, {"unreadable": 0.6}, {"kl": 1.5}):
         grpo.say_once.cache_clear()
         lines = [{"signal": 0.1, "unreadable": 0.5, "kl": 1.0} | bad for _ in range(3)]
-        monkeypatch.setattr(grpo, "roll_out", lambda *ask: [])
+        monkeypatch.setattr(grpo, "roll_out", lambda *ask: [SimpleNamespace(judgements=[])])
         draw = iter(lines).__next__
         monkeypatch.setattr(grpo, "watch", lambda groups, draw=draw: draw())
         monkeypatch.setattr(grpo, "learn", lambda *ask: {})

@@ -45,12 +45,16 @@ SINGLES = [  # one response; what the verdict says if it is right, if it is wron
     ("llm_response", "label", "no_error", "error"),  # ReaLMistake
     ("completion", "label", "True", "False"),  # KTO
 ]
-QUERY = "system query prompt history conversation_input conversations context instruction"
-QUERY = (QUERY + " question input post").split()
+QUERY = "system system_prompt query history prompt conversation_input conversations context passage"
+QUERY = (QUERY + " document instruction question input post").split()
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant"}
 ROLES |= {"developer": "system"}
 HH = re.compile(r"(Human|Assistant):(.*?)(?=\n\n(?:Human|Assistant):|\Z)", re.S | re.I)
 MARK = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")  # HelpSteer2, between turns
+
+
+class OtherLabels(UserError):
+    """A label that this layout does not have: the others may mean something else, too."""
 
 
 def read_records(source: str) -> tuple[list[dict], str]:
@@ -61,6 +65,11 @@ def read_records(source: str) -> tuple[list[dict], str]:
 
         path, (name, split, _) = Path(source).resolve(), f"{source}:train:".split(":", 2)
         if path.is_file():
+            start = path.open("rb").read(40)
+            require(
+                not start.startswith(b"version https://git-lfs"), "only a pointer: git lfs pull"
+            )
+            require(start[:2] not in (b"\xff\xfe", b"\xfe\xff"), "UTF-16: save it as UTF-8")
             loaded = load_dataset(str(path.parent), data_files=path.name, split="train")
             return list(loaded), "train"
         if path.suffix in (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow"):
@@ -81,6 +90,8 @@ def import_preferences(source: str, skip_bad: bool = False) -> list[Judgement]:
     for number, record in enumerate(join_ratings(records), 1):
         try:
             items += to_preferences(record)
+        except OtherLabels as error:  # also with skip_bad
+            raise UserError(f"{source}:{number}: {error}") from None
         except (UserError, LookupError, TypeError, ValueError, AttributeError) as error:
             problems.append(f"{source}:{number}: {error}")
     require(items and (skip_bad or not problems), "".join(problems[:1]) or f"{source} is empty")
@@ -135,8 +146,10 @@ def conversations(record: dict) -> tuple[list[list[dict]], list[float]]:
     answers, rewards = listed(record)
     talks = [to_turns(answer, "assistant") for answer in answers]
     for first, second, verdict, *patterns in PAIRS:
-        value = str(record.get(verdict, ""))
-        fits = record.keys() >= {first, second} and re.fullmatch("|".join(patterns), value)
+        value, here = str(record.get(verdict, "")), record.keys() >= {first, second}
+        fits = here and re.fullmatch("|".join(patterns), value)
+        if here and not fits and value in ("0", "1", "2") and max(map(len, patterns)) == 1:
+            raise OtherLabels(f"{verdict} {value}: {first} and {second} should have {patterns}")
         for name, pattern in zip((first, second), patterns) if fits and not talks else ():
             turns = to_turns(record[name], "assistant")
             alone = {turn["role"] for turn in turns} == {"assistant"}  # not a conversation
@@ -159,14 +172,21 @@ def to_preferences(record: dict) -> list[Judgement]:
     query, items = [], []
     for name in QUERY:
         value = record.get(name, record.get("info", {}).get(name)) or []
-        query += to_turns(value, "system" if name == "system" else "user")
+        query += to_turns(value, "system" if name.startswith("system") else "user")
+    if not any(turn["role"] == "user" for turn in query + talks[0]):
+        query += to_turns(record.get("messages") or [], "user")
     talks = [[turn for turn in query if turn not in talk] + talk for talk in talks]
     *query, _ = talks[0]
     same = all(talk[:-1] == query and talk[-1]["role"] == "assistant" for talk in talks)
     if {turn["role"] for turn in query} == {"user"}:
-        texts = [turn["content"] for turn in query]  # the prompt may hold the question
-        query = "\n\n".join(text for text in texts if text is texts[0] or text not in texts[0])
+        first, *more = [turn["content"] for turn in query]
+        question = str(record.get("question") or "").strip()
+        known = {first, question} if question in first else {first}  # the prompt may hold it
+        query = "\n\n".join([first, *[text for text in more if text not in known]])
     require(query and same, "the responses do not follow on one and the same query")
+    require(not record.get("tools"), "tools: the judge would not see them")
+    scores = [record.get(f"score_{name}") for name in ("chosen", "rejected")]
+    require(scores[0] is None or scores[0] != scores[1], f"equal scores {scores}")
     pairs = record.get("sampled_conflict_pairs", [range(len(talks))])  # PPE correctness
     if rewards == [1, 1, 1, 0, 0, 0]:  # RM-Bench: three styles
         pairs = [(0, 3), (1, 4), (2, 5)]
