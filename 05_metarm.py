@@ -168,17 +168,17 @@ def auc_within(samples: list[Judgement], rewards: list[float], total: int) -> di
 
 
 def judgements_to_learn(paths: list[str], measured: set[str]) -> list[Judgement]:
-    """The judgements of these files that can be read and were made without a hint, without those
-    of `measured` queries."""
+    """The readable judgements of these files, without hinted ones and `measured` queries."""
     found = []
     for path in paths:
         drawn = read_lines(path)
         found += [one for one in drawn if one.scores is not None and not one.hint]
-    found = [one for one in found if str(one.query) not in measured]
-    counts = Counter(one.correct for one in found)
-    print(f"judgements to learn from: {counts[True]} right, {counts[False]} wrong")
+    kept = [one for one in found if str(one.query) not in measured]
+    counts = Counter(one.correct for one in kept)
+    print(f"to learn from: {counts[True]} right, {counts[False]} wrong judgements;", end=" ")
+    print(f"{len(found) - len(kept)} of measured queries are left out")
     require(len(counts) == 2, "the meta RM needs right and wrong judgements")
-    return found
+    return kept
 
 
 def origin(samples: Path) -> str:

@@ -183,7 +183,8 @@ def to_preferences(record: dict) -> list[Judgement]:
         question = str(record.get("question") or "").strip()
         known = {first, question} if question in first else {first}  # the prompt may hold it
         query = "\n\n".join([first, *[text for text in more if text not in known]])
-    require(query and same, "the responses do not follow on one and the same query")
+    require(query, f"no query in {[*record]}")
+    require(same, "the responses do not follow on one and the same query")
     require(not record.get("tools"), "tools: the judge would not see them")
     scores = [record.get(f"score_{name}") for name in ("chosen", "rejected")]
     require(scores[0] is None or scores[0] != scores[1], f"equal scores {scores}")
