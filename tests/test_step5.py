@@ -128,12 +128,13 @@ def test_a_saved_meta_rm_loads_in_peft(meta_rm, tmp_path):
             torch.testing.assert_close(logit, meta.meta_rewards(meta_rm[0], [text]))
 
 
-def test_what_it_learns_from_has_no_hint_and_no_query_that_is_measured(tmp_path):
+def test_what_it_learns_from_has_no_hint_and_no_query_that_is_measured(tmp_path, capsys):
     known = [judged(RIGHT, query="a"), judged(WRONG, query="b"), judged(None, query="c")]
     known += [judged(RIGHT, query="d", hint="It is 2."), judged(WRONG, query="measured")]
     path = tmp_path / "trajectories.jsonl"
     path.write_text("".join(json.dumps(asdict(one)) + "\n" for one in known))
     found = meta.judgements_to_learn([str(path)], {"measured"})
     assert [one.query for one in found] == ["a", "b"]
+    assert "1 right, 1 wrong judgements; 1 of measured" in capsys.readouterr().out
     with pytest.raises(meta.UserError):
         meta.judgements_to_learn([str(path)], {"a"})
