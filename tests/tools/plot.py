@@ -52,7 +52,7 @@ def plot(curves: dict[str, dict[int, dict]], path: str, title: str = "") -> None
         low = [m - e for m, e in zip(mean, error)]
         high = [m + e for m, e in zip(mean, error)]
         kind, _, judge = name.partition(", ")
-        shade = str(0.65 - 0.65 * judges.index(judge) / max(1, len(judges) - 1))
+        shade = str(0.55 - 0.55 * judges.index(judge) / max(1, len(judges) - 1))
         style = {"voting": "--"}.get(kind, "-")
         axes.fill_between(list(curve), low, high, color=shade, alpha=0.15, linewidth=0)
         axes.plot(list(curve), mean, "os^Dv*"[number % 6] + style, color=shade, linewidth=2)
