@@ -273,7 +273,7 @@ def test_two_ranks_do_what_one_does(tmp_path):
         ("05_metarm.py --samples missing.jsonl", "missing.jsonl"),
         ("05_metarm.py --samples samples_1.jsonl", "--learn"),
         ("05_metarm.py --samples samples_1.jsonl --learn learn.jsonl", "settings.json"),
-        ("05_metarm.py --samples uneven.jsonl --learn learn.jsonl", "samples of each item"),
+        ("05_metarm.py --samples uneven.jsonl --learn learn.jsonl", "samples of an item"),
     ],
 )
 def test_a_bad_input_is_one_line(command, told, tmp_path, monkeypatch, capsys):
