@@ -4,7 +4,7 @@ A judge that is right half of the time writes good judgements already; it cannot
 the best response is known, we can. RFT (SPCT, arXiv 2504.02495, section 3.2) samples N_RFT = 3
 judgements (trajectories) of every item. It keeps those whose scores are correct,
 
-    S_j > S_i for all i != j, where r_j is the highest reward; if n = 1, S_1 = r_1,         (Eq. 10)
+    S_j > S_i for all i != j, where r_j is the highest reward; if n = 1, S_1 = r_1.         (Eq. 10)
 
 If all three are correct, the item is too easy and none is kept. A fourth sample is hinted, to bring
 in hard items: its prompt ends with the number of the best response. Then the model learns to write

@@ -184,7 +184,11 @@ def test_what_is_refused(kind, monkeypatch, capsys, tmp_path):
         save_random(model, kind, **WRONG[kind])
     asked = "--model", named.removesuffix("/model"), "--query", "q", "--response", "a"
     told = refusal(monkeypatch, capsys, tmp_path, "01_pointwise_grm.py", *asked)
-    assert kind in [*TEMPLATES, *WRONG, "EOS ends prompts"] or named in told
+    if kind == "EOS ends prompts":
+        named = "ends the prompt with EOS"
+    elif kind in ("Llama", "GPTNeo"):
+        named = "the model's own"  # the logits differ
+    assert kind in [*TEMPLATES, "Rwkv", "Mamba", "Jamba", "T5"] or named in told
 
 
 def test_bfloat16_hides_no_wrong_sampler(tmp_path):

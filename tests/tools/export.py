@@ -65,10 +65,10 @@ def read_records(source: str) -> tuple[list[dict], str]:
 
         path, (name, split, _) = Path(source).resolve(), f"{source}:train:".split(":", 2)
         if path.is_file():
-            start = path.open("rb").read(40)
-            require(
-                not start.startswith(b"version https://git-lfs"), "only a pointer: git lfs pull"
-            )
+            with path.open("rb") as file:
+                start = file.read(40)
+            pointer = start.startswith(b"version https://git-lfs")
+            require(not pointer, "only a pointer: git lfs pull")
             require(start[:2] not in (b"\xff\xfe", b"\xfe\xff"), "UTF-16: save it as UTF-8")
             loaded = load_dataset(str(path.parent), data_files=path.name, split="train")
             return list(loaded), "train"

@@ -220,7 +220,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except OSError as error:
-        raise SystemExit(f"error: {error}") from None
+    step.start(main)
