@@ -202,7 +202,7 @@ def main():
     option("--dtype", choices=DTYPES, default="auto", help="number format of the weights")
     option("--k-meta", type=float, default=0.5, help="share of the samples kept, k_meta / k")
     option("--lora-r", type=int, default=8, help="rank of the adapters")
-    option("--lr", type=float, default=4e-3, help="peak learning rate (the paper: 1e-5)")
+    option("--lr", type=float, default=1.5e-3, help="peak learning rate (the paper: 1e-5)")
     option("--epochs", type=float, default=1.5, help="passes over the judgements")
     option("--seed", type=int, default=0, help="random seed")
     option("--resume", action="store_true", help="go on with the run in --out")
