@@ -135,7 +135,7 @@ def main():
     option("--limit", type=int, default=300, help="use the first N items")
     option("--k", type=int, default=32, help="samples of every item")
     option("--temperature", type=float, default=0.5, help="of the samples")
-    option("--shots", action="store_true", help="a worked example first, for base models")
+    option("--shots", action="store_true", help="a worked example, for base models")
     option("--max-new-tokens", type=int, default=512, help="longest judgement, in tokens")
     option("--seed", type=int, default=0, help="random seed")
     option("--resume", action="store_true", help="go on with the run in --out")
@@ -277,7 +277,7 @@ def break_up(tokenizer, text: str) -> str:
     """The text with control tokens, such as "<end_of_turn>", broken up: it cannot end a turn."""
     for token in tokenizer.added_tokens_decoder.values():
         word = token.content.strip()
-        if len(word) > 1 and (token.special or word in (tokenizer.chat_template or "")):
+        if word[1:] and (token.special or "|" in word or word in (tokenizer.chat_template or "")):
             text = text.replace(word, f"{word[0]} {word[1:]}")
     return text
 

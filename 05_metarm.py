@@ -332,7 +332,7 @@ def break_up(tokenizer, text: str) -> str:
     """The text with control tokens, such as "<end_of_turn>", broken up: it cannot end a turn."""
     for token in tokenizer.added_tokens_decoder.values():
         word = token.content.strip()
-        if len(word) > 1 and (token.special or word in (tokenizer.chat_template or "")):
+        if word[1:] and (token.special or "|" in word or word in (tokenizer.chat_template or "")):
             text = text.replace(word, f"{word[0]} {word[1:]}")
     return text
 

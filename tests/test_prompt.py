@@ -15,6 +15,8 @@ TURN = "{{ bos_token }}" + TURN + "{% if add_generation_prompt %}BEGINassistant\
 GEMMA = TURN.replace("BEGIN", "<start_of_turn>").replace("END", "<end_of_turn>")
 CHATML = TURN.replace("BEGIN", "<|im_start|>").replace("END", "<|im_end|>")
 DEEPSEEK = TURN.replace("BEGIN", "<\uff5cAssistant\uff5c>").replace("END", "")
+PARTS = TURN.replace("BEGIN{{ m.role }}", "{{ '<|' + m.role + '|>' }}").replace("END", "")
+PARTS = PARTS.replace("BEGINassistant", "{{ '<|' + 'assistant' + '|>' }}")
 
 
 def prompt_of(query="2+2?", responses=("4", "5"), form=True, **more) -> str:
@@ -120,6 +122,7 @@ def test_ids_have_one_bos_and_decode_to_the_turns():
         (None, ["<tool>"], True),
         (GEMMA, ["<start_of_turn>", "<end_of_turn>"], True),
         (DEEPSEEK, ["<\uff5cAssistant\uff5c>"], False),  # as DeepSeek V3's: added, but not special
+        (PARTS, ["<|user|>", "<|assistant|>"], False),  # the template puts them together
     ],
 )
 def test_untrusted_text_spells_no_control_token(template, tokens, special):
