@@ -84,17 +84,18 @@ Example = namedtuple("Example", "prompt completion")  # token ids; the completio
 
 
 def make_examples(model, tokenizer, kept: list[Judgement], args) -> list[Example]:
-    """What is learnt: the kept outputs after prompts without a hint. As many lines of general
-    instruction data are mixed in: JSON Lines of {"messages"} whose last turn is the assistant's."""
+    """The kept outputs after prompts without a hint, and as many lines of instruction data."""
     pairs = [(encode(tokenizer, replace(one, hint="")), one.output) for one in kept]
     if args.instruct_data:
         try:
             lines = Path(args.instruct_data).read_text(encoding="utf-8").strip().split("\n")
             for line in random.Random(args.seed).choices(lines, k=len(kept)):
-                texts = [turn["content"] for turn in json.loads(line)["messages"]]
-                if len(texts) % 2:  # the first is the system's
+                *turns, last = json.loads(line)["messages"]
+                require(last["role"] == "assistant", f"{args.instruct_data}: no answer to learn")
+                texts = [turn["content"] for turn in turns]
+                if len(texts) % 2 == 0:  # the first is the system's
                     texts[:2] = ["\n\n".join(texts[:2])]
-                pairs.append((encode_turns(tokenizer, texts[:-1]), texts[-1]))
+                pairs.append((encode_turns(tokenizer, texts), last["content"]))
         except (OSError, ValueError, TypeError, LookupError) as error:
             raise UserError(f'{args.instruct_data}: no {{"messages"}}: {error}') from None
     end, prompts = end_tokens(model, tokenizer)[:1], [prompt for prompt, _ in pairs]
@@ -564,10 +565,9 @@ def load_model(name: str, quantize: str = "none", dtype: str = "auto"):
     except Exception as error:  # strangers' files fail in many ways
         raise UserError(f"cannot load the model {name}: {str(error).splitlines()[0]}") from None
     require(not report["missing_keys"], f"{name} lacks weights: {report['missing_keys']}")
-    for module in model.modules():
-        module.support_avx512bf16_for_cpu = False  # else 4 bits lose their gradient on some CPUs
-        for rate in [name for name in vars(module) if "dropout" in name or name == "p"]:
-            setattr(module, rate, 0.0)  # the same log-probabilities again
+    for module in [*model.modules(), model.config.get_text_config()]:
+        for rate in [r for r in vars(module) if re.search("dropout|^jitter|^p$|avx512bf16", r)]:
+            setattr(module, rate, 0.0)  # the same log-probabilities; 4 bits keep their gradient
     return model.eval(), tokenizer
 
 

@@ -83,8 +83,7 @@ Group = namedtuple("Group", "prompt completion outputs advantages rewards judgem
 
 
 def roll_out(model, tokenizer, items: list[Judgement], args, step: int) -> list[Group]:
-    """G judgements of each item of a step at temperature 1, with their rewards and advantages. Each
-    prompt shuffles its responses. A single response is scored 0 or 1."""
+    """G judgements at temperature 1 of each item of a step, shuffled, with rewards, advantages."""
     asked, groups = [], []
     for number in stream(len(items), (step + 1) * args.prompts, args.seed)[-args.prompts :]:
         places = range(len(items[number].responses))
@@ -161,6 +160,7 @@ def watch(groups: list[Group]) -> dict[str, float]:
 
 def practise(model, reference, tokenizer, items, args, run: Run, first: int):
     """For train(): roll out, and leave the gradients of UPDATES updates, one after the other."""
+    quiet = 0  # steps in a row without a signal
     for step in itertools.count(first // UPDATES):
         groups, fixed = roll_out(model, tokenizer, items, args, step), {}
         require(groups, "every prompt is too long for this model and --max-new-tokens")
@@ -168,8 +168,9 @@ def practise(model, reference, tokenizer, items, args, run: Run, first: int):
         run.write(f"rollouts/{step + 1:04}.jsonl", map(asdict, judgements))
         for _ in range(UPDATES):
             line = watch(groups) | learn(model, reference, groups, fixed, args)
-            if not line["signal"] or line["unreadable"] > 0.5 or line["kl"] > 1:
-                say_once("collapse? no signal, half unreadable, or KL above 1: lower --lr")
+            quiet = 0 if line["signal"] else quiet + 1
+            if quiet > 9 or line["unreadable"] > 0.5 or line["kl"] > 1:
+                say_once("collapse? ten steps without a signal, half unreadable, or KL above 1")
             yield line
 
 
@@ -473,10 +474,9 @@ def load_model(name: str, quantize: str = "none", dtype: str = "auto"):
     except Exception as error:  # strangers' files fail in many ways
         raise UserError(f"cannot load the model {name}: {str(error).splitlines()[0]}") from None
     require(not report["missing_keys"], f"{name} lacks weights: {report['missing_keys']}")
-    for module in model.modules():
-        module.support_avx512bf16_for_cpu = False  # else 4 bits lose their gradient on some CPUs
-        for rate in [name for name in vars(module) if "dropout" in name or name == "p"]:
-            setattr(module, rate, 0.0)  # the same log-probabilities again
+    for module in [*model.modules(), model.config.get_text_config()]:
+        for rate in [r for r in vars(module) if re.search("dropout|^jitter|^p$|avx512bf16", r)]:
+            setattr(module, rate, 0.0)  # the same log-probabilities; 4 bits keep their gradient
     return model.eval(), tokenizer
 
 

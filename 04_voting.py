@@ -453,10 +453,9 @@ def load_model(name: str, quantize: str = "none", dtype: str = "auto"):
     except Exception as error:  # strangers' files fail in many ways
         raise UserError(f"cannot load the model {name}: {str(error).splitlines()[0]}") from None
     require(not report["missing_keys"], f"{name} lacks weights: {report['missing_keys']}")
-    for module in model.modules():
-        module.support_avx512bf16_for_cpu = False  # else 4 bits lose their gradient on some CPUs
-        for rate in [name for name in vars(module) if "dropout" in name or name == "p"]:
-            setattr(module, rate, 0.0)  # the same log-probabilities again
+    for module in [*model.modules(), model.config.get_text_config()]:
+        for rate in [r for r in vars(module) if re.search("dropout|^jitter|^p$|avx512bf16", r)]:
+            setattr(module, rate, 0.0)  # the same log-probabilities; 4 bits keep their gradient
     return model.eval(), tokenizer
 
 

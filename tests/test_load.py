@@ -71,7 +71,9 @@ def test_a_model_is_as_it_was_stored_and_samples_and_learns(bits, tmp_path):
 
 RATES = {"attn_pdrop": 0.5, "embd_pdrop": 0.5, "resid_pdrop": 0.5}
 RIGHT = {"GPT2": RATES, "Llama": {"attention_dropout": 0.5}, "OPT": {"word_embed_proj_dim": 32}}
-RIGHT |= {"Falcon": {"attention_dropout": 0.5, "alibi": False}, "Cohere": {"logit_scale": 0.1}}
+DROPOUTS = {"attention_dropout": 0.5, "hidden_dropout": 0.5}  # Falcon asks its config for them
+RIGHT |= {"Falcon": {"alibi": False, **DROPOUTS}, "Cohere": {"logit_scale": 0.1}}
+RIGHT |= {"Mixtral": {"router_jitter_noise": 0.5, "num_key_value_heads": 4}}
 RIGHT |= {"Mistral": {"sliding_window": 400, "num_key_value_heads": 4}}
 
 

@@ -144,9 +144,10 @@ def test_examples_are_outputs_after_prompts_without_a_hint(tmp_path):
     messages[-1]["content"] = "Saw. " * rft.MICRO_TOKENS  # would not fit into a forward pass
     file.write_text(json.dumps({"messages": messages}) + "\n")
     assert rft.make_examples(model, tokenizer, kept, args) == examples
-    file.write_text('{"messages": 3}')
-    with pytest.raises(rft.UserError):
-        rft.make_examples(model, tokenizer, kept, args)
+    for wrong in (3, [], messages[:2], messages[1:] + messages[1:2]):  # the last is the user's
+        file.write_text(json.dumps({"messages": wrong}) + "\n")
+        with pytest.raises(rft.UserError, match="instruct.jsonl"):
+            rft.make_examples(model, tokenizer, kept, args)
 
 
 @families

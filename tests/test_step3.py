@@ -162,15 +162,22 @@ def test_prompts_that_are_all_too_long_are_refused(tmp_path):
 
 def test_a_collapse_is_said_once(monkeypatch, capsys):
     told = []
-    for bad in ({}, {"signal": 0.0}, {"unreadable": 0.6}, {"kl": 1.5}):
+    good = {"signal": 0.1, "unreadable": 0.5, "kl": 1.0}
+    quiet = [good | {"signal": 0.0}] * 9  # one step more is a sign
+    for lines in (
+        [good] * 3,
+        [*quiet, good, *quiet],
+        [*quiet, quiet[0]],
+        [good | {"unreadable": 0.6}] * 3,
+        [good | {"kl": 1.5}] * 3,
+    ):
         grpo.say_once.cache_clear()
-        lines = [{"signal": 0.1, "unreadable": 0.5, "kl": 1.0} | bad for _ in range(3)]
         monkeypatch.setattr(grpo, "roll_out", lambda *ask: [SimpleNamespace(judgements=[])])
         draw = iter(lines).__next__
         monkeypatch.setattr(grpo, "watch", lambda groups, draw=draw: draw())
         monkeypatch.setattr(grpo, "learn", lambda *ask: {})
         run = SimpleNamespace(write=lambda *what: None)
         steps = grpo.practise(None, None, None, [], None, run, 0)
-        assert [next(steps) for _ in range(3)] == lines
+        assert [next(steps) for _ in lines] == lines
         told.append(capsys.readouterr().out.count("collapse?"))
-    assert told == [0, 1, 1, 1]
+    assert told == [0, 0, 1, 1, 1]
