@@ -211,7 +211,7 @@ def set_trainable(model, args) -> None:
     fixed = getattr(model, "is_quantized", False) or "peft_config" in vars(model)
     require(adapters or not fixed, "4 or 8 bits need --lora-r; of adapters, LoRA can be trained")
     for parameter in adapters or model.float().parameters():
-        parameter.requires_grad_(True)
+        parameter.requires_grad_(True).data = parameter.data.float()  # bfloat16 loses updates
 
 
 def stream(count: int, total: int, seed: int) -> list[int]:
@@ -277,9 +277,9 @@ def descend(model, examples: list[Example], losses_of, size: int, seed: int, fir
     for step in itertools.count(first):
         numbers = stream(len(examples), (step + 1) * size, seed)[-size:]
         batch, loss = [examples[i] for i in numbers], torch.zeros((), device=model.device)
-        units = sum(len(one.completion) for one in batch)
+        units, amp = sum(len(one.completion) for one in batch), model.config.dtype == torch.bfloat16
         for part in micro_batches(batch[RANK::RANKS]):
-            with torch.autocast(model.device.type, torch.bfloat16, model.device.type == "cuda"):
+            with torch.autocast(model.device.type, torch.bfloat16, amp):
                 part_loss = losses_of(model, part).sum() / units
             part_loss.backward()
             loss += part_loss.detach()

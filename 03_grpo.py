@@ -125,14 +125,14 @@ def group_log_probs(model, groups: list[Group]) -> torch.Tensor:
 def learn(model, reference, groups: list[Group], fixed: dict, args) -> dict[str, float]:
     """Add the gradient of Eq. 15 on rollouts. fixed: old and reference log-probabilities of each
     micro-batch, kept by the first of several updates. Returns what to watch."""
-    count, cuda = sum(len(group.outputs) for group in groups), model.device.type == "cuda"
-    sums = torch.zeros(3, device=model.device)
+    count, sums = sum(len(group.outputs) for group in groups), torch.zeros(3, device=model.device)
+    amp = model.config.dtype == torch.bfloat16
     model.train()
     for number, part in enumerate(micro_batches(groups[RANK::RANKS])):
         pairs = [pair for group in part for pair in zip(group.outputs, group.advantages)]
         rows = [(1 / len(output) / count, of) for output, of in pairs for _ in output]
         weight, advantages = torch.tensor(rows, device=model.device).T
-        with torch.autocast(model.device.type, torch.bfloat16, cuda):
+        with torch.autocast(model.device.type, torch.bfloat16, amp):
             log_probs = group_log_probs(model, part)
             if number not in fixed:
                 with torch.no_grad():
@@ -160,7 +160,7 @@ def watch(groups: list[Group]) -> dict[str, float]:
 
 def practise(model, reference, tokenizer, items, args, run: Run, first: int):
     """For train(): roll out, and leave the gradients of UPDATES updates, one after the other."""
-    quiet = 0  # steps in a row without a signal
+    quiet = 0  # steps without a signal
     for step in itertools.count(first // UPDATES):
         groups, fixed = roll_out(model, tokenizer, items, args, step), {}
         require(groups, "every prompt is too long for this model and --max-new-tokens")
@@ -656,7 +656,7 @@ def set_trainable(model, args) -> None:
     fixed = getattr(model, "is_quantized", False) or "peft_config" in vars(model)
     require(adapters or not fixed, "4 or 8 bits need --lora-r; of adapters, LoRA can be trained")
     for parameter in adapters or model.float().parameters():
-        parameter.requires_grad_(True)
+        parameter.requires_grad_(True).data = parameter.data.float()  # bfloat16 loses updates
 
 
 def stream(count: int, total: int, seed: int) -> list[int]:

@@ -78,6 +78,8 @@ def meta_model(base: str, args):
     torch.manual_seed(args.seed)
     kind = {"target_modules": "all-linear", "modules_to_save": ["score"], "task_type": "SEQ_CLS"}
     model.add_adapter(LoraConfig(r=args.lora_r, lora_alpha=2 * args.lora_r, **kind))
+    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+        parameter.data = parameter.data.float()
     return model, tokenizer
 
 
@@ -102,13 +104,13 @@ def trust(model, tokenizer, judgements: list[Judgement]) -> list[float]:
     """The meta reward of each judgement, -inf for those that cannot be read."""
     model.eval()
     rewards = torch.full((len(judgements),), -math.inf, dtype=torch.float64)
-    examples = []
+    examples, amp = [], model.dtype == torch.bfloat16
     for number, one in enumerate(judgements):
         if one.scores is not None:
             ids = tokenizer(break_up(tokenizer, meta_prompt(one)))["input_ids"]
             examples.append(Example(ids, [number]))
     for batch in itertools.islice(micro_batches(examples), RANK, None, RANKS):
-        with torch.autocast(model.device.type, torch.bfloat16, model.device.type == "cuda"):
+        with torch.autocast(model.device.type, torch.bfloat16, amp):
             found = meta_rewards(model, [one.prompt for one in batch])
         rewards[[one.completion[0] for one in batch]] = found.double().cpu()
     if RANKS > 1:
@@ -537,9 +539,9 @@ def descend(model, examples: list[Example], losses_of, size: int, seed: int, fir
     for step in itertools.count(first):
         numbers = stream(len(examples), (step + 1) * size, seed)[-size:]
         batch, loss = [examples[i] for i in numbers], torch.zeros((), device=model.device)
-        units = sum(len(one.completion) for one in batch)
+        units, amp = sum(len(one.completion) for one in batch), model.config.dtype == torch.bfloat16
         for part in micro_batches(batch[RANK::RANKS]):
-            with torch.autocast(model.device.type, torch.bfloat16, model.device.type == "cuda"):
+            with torch.autocast(model.device.type, torch.bfloat16, amp):
                 part_loss = losses_of(model, part).sum() / units
             part_loss.backward()
             loss += part_loss.detach()

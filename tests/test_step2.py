@@ -223,6 +223,20 @@ def test_what_is_trained(tmp_path):
 
 
 @pytest.mark.parametrize("lora_r", [0, 4])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_computes_in_the_dtype_of_the_model(dtype, lora_r, tmp_path):
+    model, _ = rft.load_model(str(JUDGE), dtype=dtype)
+    rft.set_trainable(model, options(tmp_path, lora_r=lora_r))
+    seen = set()
+    model.base_model.layers[0].mlp.down_proj.register_forward_hook(
+        lambda module, taken, given: seen.add(given.dtype)
+    )
+    next(rft.descend(model, EXAMPLES, rft.completion_losses, 2, 0, 0))
+    assert seen == {getattr(torch, dtype)}
+    assert {p.grad.dtype for p in trained(model).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("lora_r", [0, 4])
 def test_adapters_of_another_kind_are_refused(lora_r, tmp_path):
     """Else all weights would be trained, but only the adapters saved."""
     model, _ = rft.load_model(str(JUDGE), dtype="float32")

@@ -5,6 +5,7 @@ import json
 import math
 import random
 from dataclasses import asdict
+from functools import partial
 
 import peft
 import pytest
@@ -126,6 +127,19 @@ def test_a_saved_meta_rm_loads_in_peft(meta_rm, tmp_path):
         with torch.no_grad():
             logit = again(input_ids=torch.tensor([text])).logits[0]
             torch.testing.assert_close(logit, meta.meta_rewards(meta_rm[0], [text]))
+
+
+def test_a_meta_rm_in_bfloat16_is_trained_and_asked(tmp_path):
+    found, samples = [], [judged(RIGHT), judged(WRONG, query="another")]
+    for dtype in ("float32", "bfloat16"):
+        args = options(tmp_path, quantize="none", dtype=dtype, lora_r=4, lr=1e-2)
+        model, tokenizer = meta.meta_model(str(JUDGE), args)
+        assert {p.dtype for p in trained(model).values()} == {torch.float32}
+        examples = [meta.Example(text, [i % 2]) for i, text in enumerate(TEXTS)]
+        gradients = partial(meta.descend, model, examples, meta.meta_losses, 4, 0)
+        meta.train(model, tokenizer, 3, gradients, args, meta.Run(args))
+        found.append(meta.trust(model, tokenizer, samples))
+    assert found[1] == pytest.approx(found[0], abs=0.1) and min(map(abs, found[0])) > 0
 
 
 def test_what_it_learns_from_has_no_hint_and_no_query_that_is_measured(tmp_path, capsys):
