@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import load_script
+from peft import LoraConfig
 
 grm = load_script("01_pointwise_grm")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -161,12 +162,17 @@ def tensors(batch) -> dict:
 
 
 @pytest.mark.parametrize("family", ["Gemma2", "Gemma3Text", "Mistral", "Qwen3"])
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_steps_can_be_recorded(family, temperature):
+@pytest.mark.parametrize("temperature, adapters", [(0.0, False), (0.7, False), (0.7, True)])
+def test_steps_can_be_recorded(family, temperature, adapters):
     """Between two looks a CUDA graph holds on to addresses and shapes, and no step waits for the
     device: on the meta device there are no values, and whatever asks for one raises."""
     for device in ("cpu", "meta"):
-        batch = grm.Batch(random_model(family).to(device), ROWS, temperature)
+        model = random_model(family)
+        if adapters:  # in float32, as they are trained, on a model in bfloat16
+            model.to(torch.bfloat16).add_adapter(LoraConfig(r=2, target_modules="all-linear"))
+            for name, weight in model.named_parameters():
+                weight.data = weight.data.float() if "lora_" in name else weight.data
+        batch = grm.Batch(model.to(device), ROWS, temperature)
         for rows, members in (([0, 1], [[0, 1], [1, 2]]), ([1], [[1]])):
             kept = [torch.tensor(numbers, device=device) for numbers in (rows, members)]
             batch.keep(*kept, 4)
