@@ -138,19 +138,17 @@ def build_prompt(one: Judgement, form: bool = True) -> str:
     return "\n".join(parts + [answer] * form) + (f"\n({one.hint})" if one.hint else "")
 
 
-# A worked example for --shots. A base model copies its form, so the prompt does not end with one.
-SHOT = Judgement("Name three colours of the rainbow.", ["Red, brown.", "Red, green, blue."], [0, 1])
-SHOT.output = """Specific Criteria: all are in the rainbow (weight 3); there are three (weight 2).
-Analysis: Response 1 names two, one of them wrong. Response 2 names three, all of them right.
-Scores: \\boxed{1, 10}"""
 CRITIQUE_START = "Analysis: Response 1"  # skips the principles
 
 
-def encode(tokenizer, one: Judgement, shots: bool = False) -> list[int]:
-    """Token ids of a judgement's prompt, after a worked example if `shots`."""
-    form = not shots or bool(tokenizer.chat_template)
-    turns = [build_prompt(SHOT, form), SHOT.output] * shots + [build_prompt(one, form)]
-    return encode_turns(tokenizer, turns, "" if one.principles else CRITIQUE_START)
+def encode(tokenizer, one: Judgement, shots: str | None = None) -> list[int]:
+    """Token ids of a judgement's prompt, after those of the file `shots` and their outputs."""
+    shown = read_lines(shots) if shots else []
+    require(all(of.output for of in shown), f"{shots}: an example without output")
+    form = not shots or bool(tokenizer.chat_template)  # a base model copies the examples' form
+    turns = [text for of in shown for text in (build_prompt(of, form), of.output)]
+    start = "" if one.principles else CRITIQUE_START
+    return encode_turns(tokenizer, [*turns, build_prompt(one, form)], start)
 
 
 def break_up(tokenizer, text: str) -> str:
@@ -311,10 +309,11 @@ def probe(judgements: list[Judgement]) -> dict[str, list[Judgement]]:
 def check_model(model, tokenizer) -> None:
     """Refuse a model if the sampler's logits are not those of its own forward pass, for two prompts
     in one batch. Say when bfloat16 is faster. Raises UserError."""
-    prompts = [encode(tokenizer, SHOT), encode(tokenizer, SHOT, shots=True)]
+    queries = ["Name a colour.", "Name a colour. " * 20]
+    prompts = [encode(tokenizer, Judgement(text, ["Red.", "Dog."], [1, 0])) for text in queries]
     ends, size = end_tokens(model, tokenizer), model.get_input_embeddings().num_embeddings
     require(ends and max(prompts[1] + ends) < size, "no end token, or tokens that the model lacks")
-    require(SHOT.query in tokenizer.decode(prompts[0]), "the chat template loses the prompt")
+    require(queries[0] in tokenizer.decode(prompts[0]), "the chat template loses the prompt")
     require(prompts[0][-1] != tokenizer.eos_token_id, "the tokenizer ends the prompt with EOS")
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
@@ -354,7 +353,7 @@ def main():
     option("--limit", type=int, help="use the first N items")
     option("--query", help="judge your own text instead of --data")
     option("--response", action="append", default=[], help="a response to --query; repeat it")
-    option("--shots", action="store_true", help="a worked example first, for base models")
+    option("--shots", metavar="FILE", help="worked examples first, for base models")
     option("--no-principles", action="store_true", help="critique and scores only (Table 4)")
     option("--probe", metavar="N", type=int, default=0, help="test N: new order, false scores")
     option("--temperature", type=float, default=0.0, help="0 takes the likeliest token")

@@ -134,7 +134,7 @@ def main():
     option("--limit", type=int, default=800, help="use the first N items")
     option("--ablate", choices=["no-hinted", "no-non-hinted", "keep-all"], help="omit (Table 4)")
     option("--instruct-data", metavar="FILE", help="general instruction data, mixed in one to one")
-    option("--shots", action="store_true", help="sample after a worked example, for base models")
+    option("--shots", metavar="FILE", help="sample after worked examples, for base models")
     option("--temperature", type=float, default=1.0, help="of the samples (base models: 0.5)")
     option("--lora-r", type=int, default=0, help="rank of adapters; 0 trains all weights")
     option("--lr", type=float, default=1e-3, help="peak learning rate (the paper: 5e-6)")
@@ -379,19 +379,17 @@ def build_prompt(one: Judgement, form: bool = True) -> str:
     return "\n".join(parts + [answer] * form) + (f"\n({one.hint})" if one.hint else "")
 
 
-# A worked example for --shots. A base model copies its form, so the prompt does not end with one.
-SHOT = Judgement("Name three colours of the rainbow.", ["Red, brown.", "Red, green, blue."], [0, 1])
-SHOT.output = """Specific Criteria: all are in the rainbow (weight 3); there are three (weight 2).
-Analysis: Response 1 names two, one of them wrong. Response 2 names three, all of them right.
-Scores: \\boxed{1, 10}"""
 CRITIQUE_START = "Analysis: Response 1"  # skips the principles
 
 
-def encode(tokenizer, one: Judgement, shots: bool = False) -> list[int]:
-    """Token ids of a judgement's prompt, after a worked example if `shots`."""
-    form = not shots or bool(tokenizer.chat_template)
-    turns = [build_prompt(SHOT, form), SHOT.output] * shots + [build_prompt(one, form)]
-    return encode_turns(tokenizer, turns, "" if one.principles else CRITIQUE_START)
+def encode(tokenizer, one: Judgement, shots: str | None = None) -> list[int]:
+    """Token ids of a judgement's prompt, after those of the file `shots` and their outputs."""
+    shown = read_lines(shots) if shots else []
+    require(all(of.output for of in shown), f"{shots}: an example without output")
+    form = not shots or bool(tokenizer.chat_template)  # a base model copies the examples' form
+    turns = [text for of in shown for text in (build_prompt(of, form), of.output)]
+    start = "" if one.principles else CRITIQUE_START
+    return encode_turns(tokenizer, [*turns, build_prompt(one, form)], start)
 
 
 def break_up(tokenizer, text: str) -> str:

@@ -190,7 +190,7 @@ def main():
     option("--beta", type=float, default=0.08, help="weight of the KL term (the paper's for 27B)")
     option("--lr", type=float, default=1.2e-4, help="peak learning rate (the paper: 4e-7)")
     option("--lora-r", type=int, default=16, help="rank of adapters; 0 trains all weights")
-    option("--shots", action="store_true", help="a worked example first, for base models")
+    option("--shots", metavar="FILE", help="worked examples first, for base models")
     option("--max-new-tokens", type=int, default=320, help="longest judgement, in tokens")
     option("--seed", type=int, default=0, help="random seed")
     option("--resume", action="store_true", help="go on with the run in --out")
@@ -301,19 +301,17 @@ def build_prompt(one: Judgement, form: bool = True) -> str:
     return "\n".join(parts + [answer] * form) + (f"\n({one.hint})" if one.hint else "")
 
 
-# A worked example for --shots. A base model copies its form, so the prompt does not end with one.
-SHOT = Judgement("Name three colours of the rainbow.", ["Red, brown.", "Red, green, blue."], [0, 1])
-SHOT.output = """Specific Criteria: all are in the rainbow (weight 3); there are three (weight 2).
-Analysis: Response 1 names two, one of them wrong. Response 2 names three, all of them right.
-Scores: \\boxed{1, 10}"""
 CRITIQUE_START = "Analysis: Response 1"  # skips the principles
 
 
-def encode(tokenizer, one: Judgement, shots: bool = False) -> list[int]:
-    """Token ids of a judgement's prompt, after a worked example if `shots`."""
-    form = not shots or bool(tokenizer.chat_template)
-    turns = [build_prompt(SHOT, form), SHOT.output] * shots + [build_prompt(one, form)]
-    return encode_turns(tokenizer, turns, "" if one.principles else CRITIQUE_START)
+def encode(tokenizer, one: Judgement, shots: str | None = None) -> list[int]:
+    """Token ids of a judgement's prompt, after those of the file `shots` and their outputs."""
+    shown = read_lines(shots) if shots else []
+    require(all(of.output for of in shown), f"{shots}: an example without output")
+    form = not shots or bool(tokenizer.chat_template)  # a base model copies the examples' form
+    turns = [text for of in shown for text in (build_prompt(of, form), of.output)]
+    start = "" if one.principles else CRITIQUE_START
+    return encode_turns(tokenizer, [*turns, build_prompt(one, form)], start)
 
 
 def break_up(tokenizer, text: str) -> str:

@@ -206,7 +206,8 @@ def test_gemma_3_270m_samples_what_generate_does(bits):
     grm.check_model(model, tokenizer)
     texts = "The capital of France is", "One, two, three,"
     prompts = [grm.encode_turns(tokenizer, [text]) for text in texts]
-    prompts.append(grm.encode(tokenizer, grm.SHOT, shots=True))
+    examples = JUDGE.parent / "shots.jsonl"
+    prompts.append(grm.encode(tokenizer, grm.read_lines(examples)[0], examples))
     for prompt, ids_drawn in zip(prompts, draw(model, tokenizer, prompts, 12)):
         ids = torch.tensor([prompt], device=model.device)
         wanted = model.generate(ids, do_sample=False, max_new_tokens=12)[0, len(prompt) :].tolist()

@@ -8,6 +8,7 @@ from conftest import JUDGE, load_script
 from transformers import AutoTokenizer
 
 grm = load_script("01_pointwise_grm")
+SHOTS = JUDGE.parent / "shots.jsonl"
 TALK = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye")]
 TALK = [{"role": role, "content": content} for role, content in TALK]
 TURN = "{% for m in messages %}BEGIN{{ m.role }}\n{{ m.content | trim }}END\n{% endfor %}"
@@ -93,15 +94,20 @@ def test_harmless_text_is_left_alone():
 def test_ids_have_one_bos_and_decode_to_the_turns():
     plain, one = tokenizer_of(), grm.Judgement("2+2? é😀", ["4", "5"], [1, 0])
     chat = tokenizer_of("<start_of_turn>", "<end_of_turn>", template=GEMMA)
-    example = grm.build_prompt(grm.SHOT, False), grm.SHOT.output, grm.build_prompt(one, False)
-    turns = grm.build_prompt(grm.SHOT), grm.SHOT.output, grm.build_prompt(one)
+    examples = grm.read_lines(SHOTS)
+    bare, turns = (
+        [text for of in examples for text in (grm.build_prompt(of, form), of.output)]
+        + [grm.build_prompt(one, form)]
+        for form in (False, True)
+    )
+    talk = zip(("user", "assistant") * 3, turns)
+    talk = "".join(f"<start_of_turn>{role}\n{text}<end_of_turn>\n" for role, text in talk)
     for tokenizer, shots, expected in (
-        (plain, False, f"{turns[2]}\n\n"),
-        (plain, True, "\n\n".join([*example, ""])),
-        (chat, False, f"<start_of_turn>user\n{turns[2]}<end_of_turn>\n<start_of_turn>assistant\n"),
-        (chat, True, "".join(f"<start_of_turn>{role}\n{text}<end_of_turn>\n" for role, text in zip(
-            ("user", "assistant", "user"), turns)) + "<start_of_turn>assistant\n"),
-    ):  # fmt: skip
+        (plain, None, f"{turns[-1]}\n\n"),
+        (plain, SHOTS, "\n\n".join([*bare, ""])),
+        (chat, None, f"<start_of_turn>user\n{turns[-1]}<end_of_turn>\n<start_of_turn>assistant\n"),
+        (chat, SHOTS, f"{talk}<start_of_turn>assistant\n"),
+    ):
         ids = grm.encode(tokenizer, one, shots)
         assert ids[0] == tokenizer.bos_token_id and tokenizer.decode(ids[1:]) == expected
         one.principles = False
@@ -113,7 +119,17 @@ def test_ids_have_one_bos_and_decode_to_the_turns():
     assert chat.decode(grm.encode_turns(chat, ["x"])) == "x!"  # a judge does not think
     chat.chat_template = "{{ messages[0].content }}<think>\n"  # DeepSeek R1's: ends the thought
     assert chat.decode(grm.encode_turns(chat, ["x"], "y")) == "x<think>\n\n</think>\n\ny"
-    assert grm.is_correct(grm.read_scores(grm.SHOT.output, 2)[0], grm.SHOT.rewards)
+
+
+def test_worked_examples_are_right_and_in_both_orders(tmp_path):
+    examples = grm.read_lines(SHOTS)
+    for one in examples:
+        assert grm.is_correct(grm.read_scores(one.output, 2)[0], one.rewards)
+    assert sorted(one.rewards for one in examples) == [[0, 1], [1, 0]]  # no place is favoured
+    path = tmp_path / "shots.jsonl"
+    path.write_text('{"query": "q", "responses": ["a", "b"], "rewards": [1, 0]}\n')
+    with pytest.raises(grm.UserError, match="shots.jsonl"):
+        grm.encode(tokenizer_of(), examples[0], path)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ from conftest import JUDGE, load_script  # noqa: E402
 os.environ["HF_HUB_OFFLINE"] = "0"  # conftest keeps tests off the network
 grm = load_script("01_pointwise_grm")
 CUDA = torch.cuda.is_available()
+SHOTS = JUDGE.parent / "shots.jsonl"
 GB = 1e9
 
 
@@ -153,7 +154,7 @@ def sampling(args) -> dict[str, float]:
     model, tokenizer, items = subject(args)
     few, n, length = (4, 8, 64) if args.gemma else (args.prompts, 8, 256)
     asked = [grm.show(item, 0, list(range(len(item.responses)))) for item in items[:few]]
-    prompts = [grm.encode(tokenizer, one, shots=bool(args.gemma)) for one in asked]
+    prompts = [grm.encode(tokenizer, one, args.gemma and SHOTS) for one in asked]
     ends = grm.end_tokens(model, tokenizer)
     model.generation_config.eos_token_id = ends  # the same for all ways
     options = settings(max_new_tokens=length)
@@ -237,7 +238,7 @@ def training(args) -> None:
     model, tokenizer, items = subject(args)
     few, size, length = (2, 4, 32) if args.gemma else (8, 8, 128)
     options = settings(prompts=few, group_size=size, max_new_tokens=length, lora_r=0)
-    options.shots = bool(args.gemma)
+    options.shots = args.gemma and SHOTS
     step.set_trainable(model, options)
     reference = copy_of(model)
     update_by, rows = optimizer_of(model), []
