@@ -6,8 +6,10 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import partial
 
-from conftest import JUDGE, ROOT, run_here
+import pytest
+from conftest import JUDGE, ROOT, gemma_270m, load_script, run_here
 
 LITTLE = {"--limit": "12", "--max-new-tokens": "160", "--k": "2", "--lora-r": "4"}
 MORE = {"02_rejective_ft.py": ["--epochs", "1"], "03_grpo.py": ["--steps", "2", "--prompts", "2"]}
@@ -38,6 +40,39 @@ def little(script: str, *options: str) -> list[str]:
         options[place + 1] = LITTLE.get(option, options[place + 1])
     options = [str(JUDGE) if option.startswith("google/") else option for option in options]
     return [script, *options, *MORE.get(script, [])]
+
+
+@pytest.mark.gemma
+def test_the_block_of_the_real_gemma_runs(tmp_path, monkeypatch):
+    """The commands of tests/RESULTS.md, with five items of the embedded world. They are in float32,
+    since few processors compute in bfloat16, and a step of training sees two examples."""
+    text = (ROOT / "tests" / "RESULTS.md").read_text(encoding="utf-8")
+    block = re.search(r"```bash\n(python tests/tools/convert_gguf.py --gemma.*?)```", text, re.S)[1]
+    lines = (JUDGE.parent / "train.jsonl").read_text().splitlines(keepends=True)
+    pairs = [line for line in lines if len(json.loads(line)["responses"]) == 2]
+    (tmp_path / "train.jsonl").write_text("".join(pairs[:5]))
+    (tmp_path / "eval.jsonl").write_text("".join(pairs[5:7]))
+    known = {"gemma-270m": gemma_270m(), "bfloat16": "float32"}
+    known |= {"tests/tiny/shots.jsonl": str(JUDGE.parent / "shots.jsonl")}
+    few = {"--limit": "5", "--k": "2", "--steps": "1", "--prompts": "1", "--group-size": "2"}
+    steps = [shlex.split(line)[1:] for line in block.strip().splitlines()[1:]]
+    for script, *options in steps:
+        names = [sorted(glob.glob(option, root_dir=tmp_path)) or [option] for option in options]
+        options = [known.get(name, name) for name in sum(names, [])]
+        for place, option in enumerate(options[:-1]):
+            options[place + 1] = few.get(option, options[place + 1])
+        module = load_script(script.removesuffix(".py"))
+        if hasattr(module, "descend"):
+            small = partial(small_steps, module.descend)
+            monkeypatch.setattr(module, "descend", small)
+        run_here(monkeypatch, tmp_path, script, *options)
+    assert [script for script, *_ in steps] == [path.name for path in sorted(ROOT.glob("0*.py"))]
+    for number in range(1, 6):
+        assert (tmp_path / f"runs/{number}/results.json").exists()
+
+
+def small_steps(descend, model, examples, losses_of, size, seed, first):
+    return descend(model, examples[:2], losses_of, 2, seed, first)
 
 
 def test_the_commands_of_the_block_run_one_after_the_other(tmp_path, monkeypatch):
