@@ -265,7 +265,8 @@ def read_lines(path: str | Path) -> list[Judgement]:
         for line in Path(path).read_bytes().strip().split(b"\n"):
             records.append(Judgement(**json.loads(line)))  # no other keys
     except (UserError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise UserError(f"{path}:{len(records) + 1}: {error} (see tests/tools/export.py)") from None
+        other = f"other kinds of files: python tests/tools/export.py {path} NEW.jsonl"
+        raise UserError(f"{path}:{len(records) + 1}: {error} ({other})") from None
     return records
 
 
