@@ -86,7 +86,9 @@ def test_ranks_share_the_prompts(step, tmp_path):
 def test_other_layouts_are_exported_and_bad_records_left_out(step, tmp_path):
     row = {"prompt": ROW["query"], "chosen": "Take rope.", "rejected": "Take tent."}
     write(tmp_path / "pairs.jsonl", [row, {"a": 1}])
-    assert "python tests/tools/export.py pairs.jsonl NEW.jsonl" in step("--data", "pairs.jsonl", refuses=True)
+    assert "python tests/tools/export.py pairs.jsonl NEW.jsonl" in step(
+        "--data", "pairs.jsonl", refuses=True
+    )
     command = [sys.executable, ROOT / "tests/tools/export.py", "pairs.jsonl", "ours.jsonl"]
     for more, code, told in (
         ([], 1, "pairs.jsonl:2"),
