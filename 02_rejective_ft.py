@@ -642,16 +642,16 @@ class Batch:
         position = column.clamp(max=width - 1) - padding  # below 0 in the padding
         member = (column - width + 2).clamp(min=0).where(position >= 0, -1)
         self.tokens = torch.stack([torch.tensor(ids, device=device), member, position.clamp(min=0)])
-        self.n, self.visible = 1, width - 1  # logits, cache columns
+        self.visible = width - 1  # cache columns
         layer = partial(transformers.StaticLayer, self.visible)
         self.cache = transformers.Cache(layer_class_to_replicate=layer)
-        self.read(column[: self.visible])
+        self.read(model.base_model, column[: self.visible])  # no logits
 
-    def read(self, columns) -> torch.Tensor:
-        """The logits (rows, at most n, vocabulary) after the tokens at the last of `columns`."""
+    def read(self, model, columns):
+        """The output of `model`, or of its blocks alone, for the tokens at `columns`."""
         seen = self.tokens[..., : self.visible]
         inputs = block_inputs(self.model, self.tokens[..., columns], seen)
-        return self.model(**inputs, past_key_values=self.cache, logits_to_keep=self.n).logits
+        return model(**inputs, past_key_values=self.cache)
 
     def keep(self, rows, members, steps: int) -> None:
         """Go on with these `rows` (kept,), in each with these `members` (kept, n) of the last step,
@@ -668,7 +668,7 @@ class Batch:
 
     def advance(self) -> torch.Tensor:
         """Draw the next token of every completion. Returns the logits (rows, n, vocabulary)."""
-        logits = self.read(self.last)
+        logits = self.read(self.model, self.last).logits
         token = logits.argmax(-1)
         if self.temperature > 0:  # the first whose summed probabilities pass a number
             sums = torch.softmax(logits.float() / self.temperature, -1).cumsum(-1)

@@ -186,6 +186,17 @@ def test_steps_can_be_recorded(family, temperature, adapters):
         assert batch.tokens.shape == (3, 1, 3 + 2 * 4 + 5)
 
 
+def test_reading_prompts_makes_no_logits():
+    """They are not needed, and torch's bfloat16 on a CPU copied Gemma's head for each of 54 rows."""
+    model, seen = random_model(), []
+    model.get_output_embeddings().register_forward_hook(lambda *call: seen.append(call[2].shape))
+    batch = grm.Batch(model, ROWS, 0.0)
+    assert not seen
+    batch.keep(torch.arange(2), torch.tensor([[0, 1], [0, 1]]), 1)
+    batch.advance()
+    assert [tuple(shape) for shape in seen] == [(2, 2, 61)]
+
+
 def test_a_batch_gives_back_the_places_that_it_was_given():
     batch = grm.Batch(random_model(), [([5, 6, 7], [3, 1, 4]), ([9, 8], [0])], 1.0)
     drawn = batch.finish(24, list(range(3, 20)))
