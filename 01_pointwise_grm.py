@@ -143,10 +143,10 @@ CRITIQUE_START = "Analysis: Response 1"  # skips the principles
 
 
 def encode(tokenizer, one: Judgement, shots: str | None = None) -> list[int]:
-    """Token ids of a judgement's prompt, after those of the file `shots` and their outputs."""
-    shown = read_lines(shots) if shots else []
+    """Token ids of a prompt, after the examples in the file `shots` that have a hint if it has."""
+    shown = [of for of in read_lines(shots) if bool(of.hint) == bool(one.hint)] if shots else []
     require(all(of.output for of in shown), f"{shots}: an example without output")
-    form = not shots or bool(tokenizer.chat_template)  # a base model copies the examples' form
+    form = not shown or bool(tokenizer.chat_template)  # a base model copies the examples' form
     turns = [text for of in shown for text in (build_prompt(of, form), of.output)]
     start = "" if one.principles else CRITIQUE_START
     return encode_turns(tokenizer, [*turns, build_prompt(one, form)], start)

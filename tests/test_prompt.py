@@ -94,7 +94,7 @@ def test_harmless_text_is_left_alone():
 def test_ids_have_one_bos_and_decode_to_the_turns():
     plain, one = tokenizer_of(), grm.Judgement("2+2? é😀", ["4", "5"], [1, 0])
     chat = tokenizer_of("<start_of_turn>", "<end_of_turn>", template=GEMMA)
-    examples = grm.read_lines(SHOTS)
+    examples = [of for of in grm.read_lines(SHOTS) if not of.hint]
     bare, turns = (
         [text for of in examples for text in (grm.build_prompt(of, form), of.output)]
         + [grm.build_prompt(one, form)]
@@ -121,11 +121,22 @@ def test_ids_have_one_bos_and_decode_to_the_turns():
     assert chat.decode(grm.encode_turns(chat, ["x"], "y")) == "x<think>\n\n</think>\n\ny"
 
 
-def test_worked_examples_are_right_and_in_both_orders(tmp_path):
+@pytest.mark.parametrize("hint", ["", "The best response is number 1."])
+def test_a_hinted_prompt_comes_after_hinted_examples(hint):
+    one, plain = grm.Judgement("2+2?", ["4", "5"], [1, 0], hint=hint), tokenizer_of()
+    text = plain.decode(grm.encode(plain, one, SHOTS))
+    assert text.count(grm.TASK) == 3
+    assert text.count("(The best response is number ") == (3 if hint else 0)
+
+
+def test_worked_examples_are_right_and_favour_no_place(tmp_path):
     examples = grm.read_lines(SHOTS)
     for one in examples:
         assert grm.is_correct(grm.read_scores(one.output, 2)[0], one.rewards)
-    assert sorted(one.rewards for one in examples) == [[0, 1], [1, 0]]  # no place is favoured
+        best = one.rewards.index(1) + 1
+        assert one.hint in ("", f"The best response is number {best}.")
+    kinds = [(one.rewards, bool(one.hint)) for one in examples]
+    assert kinds == [([1, 0], False), ([0, 1], False), ([1, 0], True), ([0, 1], True)]
     path = tmp_path / "shots.jsonl"
     path.write_text('{"query": "q", "responses": ["a", "b"], "rewards": [1, 0]}\n')
     with pytest.raises(grm.UserError, match="shots.jsonl"):

@@ -111,6 +111,9 @@ def test_a_row_of_the_sheet(tmp_path):
     gains = write("gains", {"figures": curves})
     empty = "| x | 50.0 ± 1.0 | 60.0 ± 1.0 | 70.0 ± 1.0 | 80.0 ± 1.0 |  |  |  |"
     assert sheet.row("x", [gains]) == empty
+    parts = [{name: curves[name] for name in names} for names in ("a", ["b", "c", "c minus b"])]
+    parts = [write(f"part{i}", {"figures": part}) for i, part in enumerate(parts)]
+    assert sheet.row("x", parts) == empty
     rows = {"16 of 32": {"voting": of(0.75), "guided": of(0.78)}, "1 of 32": {}}
     last = " | 75.0 ± 1.0 |  | 78.0 ± 1.0 |"
     assert sheet.row("x", [gains, write("guided", {"rows": rows})]).endswith(last)

@@ -2,9 +2,10 @@
 
     python tests/tools/sheet.py "Gemma 3 1B, nf4, RewardBench" runs/gains runs/4 runs/5
 
-One of the runs is of step 4 with three --model: before training, after step 2, after step 3. Runs
-of step 4 give voting by their last model, a run of step 5 voting and guided voting of its samples.
-All are accuracies in percent. What no run has measured stays empty.
+The first run of step 4 has three --model: before training, after step 2, after step 3. Or several
+have them, in this order: a base model is judged with --shots, in a run of its own. Runs of step 4
+give voting by their last model, a run of step 5 voting and guided voting of its samples. All are
+accuracies in percent. What no run has measured stays empty.
 """
 
 import argparse
@@ -17,13 +18,12 @@ COLUMNS = [*TRAINED, "voting@8", "voting@32", "MetaRM@8", "MetaRM@32"]
 
 def row(name: str, folders: list[Path]) -> str:
     """The row for `name`, as Markdown."""
-    found = {}
+    found, stages = {}, []
     for folder in folders:
         results = json.loads((folder / "results.json").read_text())
         figures = results.get("figures", {}).items()
         curves = [curve for title, curve in figures if " minus " not in title and "1" in curve]
-        if len(curves) == len(TRAINED):
-            found |= {column: curve["1"]["sum"] for column, curve in zip(TRAINED, curves)}
+        stages += curves
         rows = results.get("rows", {})
         for k, guided in (("8", "4 of 8"), ("32", "16 of 32")):
             if curves and k in curves[-1]:
@@ -31,6 +31,8 @@ def row(name: str, folders: list[Path]) -> str:
             if guided in rows:
                 found |= {f"voting@{k}": rows[guided]["voting"]}
                 found |= {f"MetaRM@{k}": rows[guided]["guided"]}
+    if len(stages) >= len(TRAINED):
+        found |= {column: curve["1"]["sum"] for column, curve in zip(TRAINED, stages)}
     cells = [""] * len(COLUMNS)
     for number, column in enumerate(COLUMNS):
         if column in found:
