@@ -648,7 +648,7 @@ class Batch:
         self.read(model.base_model, column[: self.visible])  # no logits
 
     def read(self, model, columns):
-        """The output of `model`, or of its blocks alone, for the tokens at `columns`."""
+        """The output of `model`, or of its blocks only, for the tokens at `columns`."""
         seen = self.tokens[..., : self.visible]
         inputs = block_inputs(self.model, self.tokens[..., columns], seen)
         return model(**inputs, past_key_values=self.cache)
