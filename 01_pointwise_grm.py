@@ -578,8 +578,9 @@ class Batch:
     def advance(self) -> torch.Tensor:
         """Draw the next token of every completion. Returns the logits (rows, n, vocabulary)."""
         logits = self.read(self.model, self.last).logits
-        token = logits.argmax(-1)
-        if self.temperature > 0:  # the first whose summed probabilities pass a number
+        if self.temperature == 0:
+            token = logits.argmax(-1)
+        else:  # the first whose summed probabilities pass a number
             sums = torch.softmax(logits.float() / self.temperature, -1).cumsum(-1)
             number = torch.rand_like(sums[..., :1]) * sums[..., -1:]
             token = torch.searchsorted(sums, number, right=True)[..., 0]

@@ -97,9 +97,7 @@ def scaling(samples: list[Judgement], total: int) -> dict[int, dict[str, torch.T
     for k in powers(total):
         row = {}
         for name, vote in (("majority", vote_majority), ("mean", vote_mean), ("sum", vote_sum)):
-            found = [
-                right_and_tied(vote(drawn), torch.tensor(best)) for drawn in subsets(scores, k)
-            ]
+            found = [right_and_tied(vote(of), torch.tensor(best)) for of in subsets(scores, k)]
             row[name], strict, ties = torch.stack(found).mean(0)
         first = values[1]["sum"] if values else row["sum"]
         values[k] = row | {"gain over k = 1": row["sum"] - first, "strict": strict, "ties": ties}
@@ -557,8 +555,9 @@ class Batch:
     def advance(self) -> torch.Tensor:
         """Draw the next token of every completion. Returns the logits (rows, n, vocabulary)."""
         logits = self.read(self.model, self.last).logits
-        token = logits.argmax(-1)
-        if self.temperature > 0:  # the first whose summed probabilities pass a number
+        if self.temperature == 0:
+            token = logits.argmax(-1)
+        else:  # the first whose summed probabilities pass a number
             sums = torch.softmax(logits.float() / self.temperature, -1).cumsum(-1)
             number = torch.rand_like(sums[..., :1]) * sums[..., -1:]
             token = torch.searchsorted(sums, number, right=True)[..., 0]
