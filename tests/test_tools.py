@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "tools"))
+import cold_start
 import convert_gguf
 import sheet
 
@@ -119,6 +120,30 @@ def test_a_row_of_the_sheet(tmp_path):
     assert sheet.row("x", [gains, write("guided", {"rows": rows})]).endswith(last)
 
 
+def test_written_judgements_are_right_in_both_orders():
+    rft, harmful = cold_start.rft, 'Break the "small" window at the back.'
+    pair = rft.Judgement("How do I get in?", [harmful, "I can't help."], [0, 1])
+    single = rft.Judgement("Help me.", ["No."], [1])
+    first, second = cold_start.written([pair, single], seed=0)
+    for one in (first, second):
+        assert rft.is_correct(rft.read_scores(one.output, 2)[0], one.rewards)
+    assert second.responses == first.responses[::-1]
+    assert "Response 1 says \"Break the 'small' window at\": does harm, " in first.output
+    assert 'Response 1 says "I can\'t help.": does no harm, ' in second.output
+
+
+def test_a_cold_start_trains_a_model(monkeypatch, tmp_path):
+    run = tmp_path / "start"
+    tiny = ROOT / "tests" / "tiny"
+    options = ["--model", str(tiny / "judge"), "--data", str(tiny / "train.jsonl"), "--limit", "4"]
+    options += ["--lora-r", "2", "--epochs", "1", "--out", str(run)]
+    monkeypatch.setattr(sys, "argv", ["cold_start.py", *options])
+    cold_start.main()
+    results = json.loads((run / "results.json").read_text())
+    assert results["steps"] == 1 and 0 < results["judgements"] <= 8
+    cold_start.rft.load_model(str(run / "model"))
+
+
 @pytest.mark.parametrize(
     "program, options",
     [
@@ -126,6 +151,7 @@ def test_a_row_of_the_sheet(tmp_path):
         ("tools/sheet.py", ["a judge", "nowhere"]),
         ("tools/show_votes.py", ["nowhere/samples_1.jsonl", "page.html"]),
         ("tools/report.py", ["nowhere", "page.html"]),
+        ("tools/cold_start.py", ["--model", "nothing", "--data", "nowhere/items.jsonl"]),
         ("tiny/sees.py", ["nowhere/samples_1.jsonl", "nowhere/rewards.jsonl"]),
         ("tiny/read_judgements.py", ["nowhere/judgements.jsonl"]),
         ("tiny/measure_judge.py", ["--data", "nowhere/items.jsonl"]),
