@@ -141,7 +141,9 @@ def test_a_cold_start_trains_a_model(monkeypatch, tmp_path):
     cold_start.main()
     results = json.loads((run / "results.json").read_text())
     assert results["steps"] == 1 and 0 < results["judgements"] <= 8
-    cold_start.rft.load_model(str(run / "model"))
+    model, _ = cold_start.rft.load_model(str(run / "model"))
+    changed = [p.abs().max() > 0 for name, p in model.named_parameters() if "lora_B" in name]
+    assert changed and all(changed)  # they begin at 0
 
 
 @pytest.mark.parametrize(

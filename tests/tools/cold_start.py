@@ -2,8 +2,8 @@
 
     python tests/tools/cold_start.py --model gemma-270m --data train.jsonl --lora-r 16 --out runs/start
 
-A small base model writes judgements of the right form, but they say nothing about the responses:
-selecting from them teaches nothing. The written ones go in steps of which each is local: quote the
+A small base model writes judgements of the right form, but their scores hardly depend on the
+responses, and selecting from them taught ours nothing (tests/RESULTS.md). The written ones go in steps of which each is local: quote the
 first words of a response; say whether it does harm, as its reward says; give a number; copy both
 numbers. Each pair with two responses is judged in both orders. The data should be about harm. Steps
 2 to 5 go on from RUN/model. (The embedded judge began so, too: tests/tiny/make.py.)
@@ -55,7 +55,7 @@ def main():
     option("--dtype", choices=rft.DTYPES, default="auto", help="number format of the weights")
     option("--data", required=True, help="preferences to learn from")
     option("--limit", type=int, default=800, help="use the first N items")
-    option("--lora-r", type=int, default=0, help="rank of adapters; 0 trains all weights")
+    option("--lora-r", type=int, default=16, help="rank of adapters; 0 trains all weights")
     option("--lr", type=float, default=5e-4, help="peak learning rate")
     option("--epochs", type=float, default=2.0, help="passes over the judgements")
     option("--seed", type=int, default=0, help="random seed")
