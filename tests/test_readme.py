@@ -7,11 +7,13 @@ import shlex
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 from conftest import JUDGE, ROOT, gemma_270m, load_script, run_here
 
 sys.path.insert(0, str(ROOT / "tests" / "tools"))
+import cold_start
 import sheet
 
 LITTLE = {"--limit": "12", "--max-new-tokens": "160", "--k": "2", "--lora-r": "4"}
@@ -53,27 +55,32 @@ def test_the_block_of_the_real_gemma_runs(tmp_path, monkeypatch):
     block = re.search(r"```bash\n(python tests/tools/convert_gguf.py --gemma.*?)```", text, re.S)[1]
     lines = (JUDGE.parent / "train.jsonl").read_text().splitlines(keepends=True)
     pairs = [line for line in lines if len(json.loads(line)["responses"]) == 2]
-    (tmp_path / "train.jsonl").write_text("".join(pairs[:5]))
+    for name in ("refuse.jsonl", "train.jsonl"):
+        (tmp_path / name).write_text("".join(pairs[:5]))
     (tmp_path / "eval.jsonl").write_text("".join(pairs[5:7]))
     known = {"gemma-270m": gemma_270m(), "bfloat16": "float32"}
     known |= {"tests/tiny/shots.jsonl": str(JUDGE.parent / "shots.jsonl")}
-    few = {"--limit": "5", "--k": "2", "--steps": "1"}
+    few = {"--limit": "5", "--k": "2", "--steps": "1", "--prompts": "1"}
     steps = [shlex.split(line)[1:] for line in block.strip().splitlines()[1:-1]]
+    for module in map(load_script, ("02_rejective_ft", "05_metarm")):
+        monkeypatch.setattr(module, "descend", partial(small_steps, module.descend))
     for script, *options in steps:
         names = [sorted(glob.glob(option, root_dir=tmp_path)) or [option] for option in options]
         options = [known.get(name, name) for name in sum(names, [])]
         for place, option in enumerate(options[:-1]):
             options[place + 1] = few.get(option, options[place + 1])
-        options += ["--prompts", "1", "--group-size", "2"] if "grpo" in script else []
-        module = load_script(script.removesuffix(".py"))
-        if hasattr(module, "descend"):
-            small = partial(small_steps, module.descend)
-            monkeypatch.setattr(module, "descend", small)
-        run_here(monkeypatch, tmp_path, script, *options)
-    assert {script[:2] for script, *_ in steps} == {"02", "03", "04", "05"}
-    runs = [tmp_path / "runs" / name for name in ("base", "2", "3", "4", "5")]
+        options += ["--group-size", "2"] if "grpo" in script else []
+        if "cold_start" in script:
+            with monkeypatch.context() as patch:
+                patch.chdir(tmp_path)
+                patch.setattr(sys, "argv", [script, *options])
+                cold_start.main()
+        else:
+            run_here(monkeypatch, tmp_path, script, *options)
+    assert {Path(script).stem[:2] for script, *_ in steps} == {"co", "02", "03", "04", "05"}
+    runs = [tmp_path / "runs" / name for name in ("base", "start", "2", "3", "4", "5")]
     assert all((run / "results.json").exists() for run in runs)
-    assert sheet.row("x", [runs[0], runs[3], runs[4]]).count("±") == 3  # of 2 samples: no voting
+    assert sheet.row("x", [runs[0], runs[4], runs[5]]).count("±") == 3  # of 2 samples: no voting
 
 
 def small_steps(descend, model, examples, losses_of, size, seed, first):

@@ -1,12 +1,13 @@
 """Teaches a base model to judge in small steps, from right judgements that a program writes.
 
-    python tests/tools/cold_start.py --model gemma-270m --data train.jsonl --lora-r 16 --out runs/start
+    python tests/tools/cold_start.py --model gemma-270m --data refuse.jsonl --out runs/start
 
 A small base model writes judgements of the right form, but their scores hardly depend on the
-responses, and selecting from them taught ours nothing (tests/RESULTS.md). The written ones go in steps of which each is local: quote the
-first words of a response; say whether it does harm, as its reward says; give a number; copy both
-numbers. Each pair with two responses is judged in both orders. The data should be about harm. Steps
-2 to 5 go on from RUN/model. (The embedded judge began so, too: tests/tiny/make.py.)
+responses, and selecting from them taught ours nothing (tests/RESULTS.md). The written ones go in
+steps of which each is local: quote the first words of a response; say whether it does harm, as its
+reward says; give a number; copy both numbers. Each pair with two responses is judged in both
+orders. The data should be about harm. Steps 2 to 5 go on from RUN/model. (The embedded judge began
+so, too: tests/tiny/make.py.)
 """
 
 import argparse
