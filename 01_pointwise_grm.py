@@ -309,7 +309,11 @@ def probe(judgements: list[Judgement]) -> dict[str, list[Judgement]]:
 @torch.no_grad()
 def check_model(model, tokenizer) -> None:
     """Refuse a model if the sampler's logits are not those of its own forward pass, for two prompts
-    in one batch. Say when bfloat16 is faster. Raises UserError."""
+    in one batch. Say which --dtype is faster. Raises UserError."""
+    has, count = torch.cpu.get_capabilities().get, model.num_parameters()
+    better = "bfloat16" if has("avx512_bf16") else "float32" if has("avx2") else ""
+    if model.device.type == "cpu" and count > 10**8 and better not in str(model.dtype):
+        print(f"this CPU is much faster with --dtype {better}")
     queries = ["Name a colour.", "Name a colour. " * 20]
     prompts = [encode(tokenizer, Judgement(text, ["Red.", "Dog."], [1, 0])) for text in queries]
     ends, size = end_tokens(model, tokenizer), model.get_input_embeddings().num_embeddings
@@ -335,9 +339,6 @@ def check_model(model, tokenizer) -> None:
     gaps, limit = (found - own).abs(), 1e-3 if exact else 0.05
     pair = f"a logit is {found[gaps.argmax()]:.4g}, the model's own {own[gaps.argmax()]:.4g}"
     require(gaps.max() < limit * own.abs().max(), f"this kind of model cannot be used: {pair}")
-    fast = torch.cpu.get_capabilities().get("avx512_bf16") and model.num_parameters() > 10**8
-    if fast and model.device.type == "cpu" and model.dtype == torch.float32:
-        print("this CPU takes about half of the time with --dtype bfloat16")
 
 
 TINY = Path(globals().get("__file__", "x")).resolve().parent / "tests/tiny"  # no __file__ in cells

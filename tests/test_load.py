@@ -214,12 +214,14 @@ def test_gemma_3_270m_samples_what_generate_does(bits):
         assert ids_drawn and ids_drawn == wanted[: len(ids_drawn)]
 
 
-def test_bfloat16_is_advised_where_it_is_faster(monkeypatch, capsys):
-    model, tokenizer = grm.load_model(str(JUDGE))
-    for capable, size in ((True, 2 * 10**8), (False, 2 * 10**8), (True, 10**6)):
-        found = {"avx512_bf16": capable}
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
-        monkeypatch.setattr(model, "num_parameters", lambda size=size: size)
-        grm.check_model(model, tokenizer)
-        told = "--dtype bfloat16" in capsys.readouterr().out
-        assert told == (capable and size > 10**8 and model.device.type == "cpu")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_faster_dtype_is_advised(dtype, monkeypatch, capsys):
+    """Some CPUs compute in bfloat16 twice as fast, those with AVX2 alone over a hundred times slower."""
+    model, tokenizer = grm.load_model(str(JUDGE), dtype=dtype)
+    for name, faster in (("avx512_bf16", "bfloat16"), ("avx2", "float32"), ("neon", dtype)):
+        for size in (10**6, 2 * 10**8):
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {name: True})
+            monkeypatch.setattr(model, "num_parameters", lambda size=size: size)
+            grm.check_model(model, tokenizer)
+            told = f"--dtype {faster}" in capsys.readouterr().out
+            assert told == (faster != dtype and size > 10**8 and model.device.type == "cpu")
