@@ -311,9 +311,9 @@ def check_model(model, tokenizer) -> None:
     """Refuse a model if the sampler's logits are not those of its own forward pass, for two prompts
     in one batch. Say which --dtype is faster. Raises UserError."""
     has, count = torch.cpu.get_capabilities().get, model.num_parameters()
-    better = "bfloat16" if has("avx512_bf16") else "float32" if has("avx2") else ""
+    better = "bfloat16" if has("avx512_bf16") else "float32" if has("avx512_f") is False else ""
     if model.device.type == "cpu" and count > 10**8 and better not in str(model.dtype):
-        print(f"this CPU is much faster with --dtype {better}")
+        print(f"this CPU is faster with --dtype {better}")
     queries = ["Name a colour.", "Name a colour. " * 20]
     prompts = [encode(tokenizer, Judgement(text, ["Red.", "Dog."], [1, 0])) for text in queries]
     ends, size = end_tokens(model, tokenizer), model.get_input_embeddings().num_embeddings
