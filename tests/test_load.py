@@ -217,7 +217,7 @@ def test_gemma_3_270m_samples_what_generate_does(bits):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_faster_dtype_is_advised(dtype, monkeypatch, capsys):
-    """Half of the time in bfloat16 with AVX512-BF16, over a hundred times as long with AVX2 alone.
+    """Half of the time in bfloat16 with AVX512-BF16, several times as long with AVX2 alone.
     AVX512 without it and other processors were not measured: nothing is said."""
     model, tokenizer = grm.load_model(str(JUDGE), dtype=dtype)
     x86 = {"avx2": True, "avx512_f": False, "avx512_bf16": False}
