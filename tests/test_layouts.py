@@ -51,6 +51,7 @@ WEBGPT = {"answer_0": GOOD, "answer_1": BAD, "score_0": 0.5, "score_1": -0.5}
 LMSYS = {"response_b": f'["{GOOD}"]', "winner_model_b": 1, "winner_tie": 0}
 ARENA = {"winner": "model_b", "model_a": "x", "model_b": "y"}
 NECTAR = [{"answer": BAD, "rank": 2.0}, {"answer": GOOD, "rank": 1.0}]
+PARTS = [{"type": "text", "text": "Whi"}, {"type": "text", "text": "ch?"}]  # as of a vision model
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"name": "weigh"}]}
 LAYOUTS = {
     "RewardBench": PAIR | {"chosen_model": "x", "subset": "fruit", "id": 3},
@@ -79,6 +80,7 @@ LAYOUTS = {
     "SHP": {"history": "Which?", "human_ref_A": GOOD, "human_ref_B": BAD, "labels": 1},
     "Nectar": {"prompt": hh("Which?", ""), "answers": NECTAR},
     "capital turns": {"chosen": hh("Which?", GOOD).upper(), "rejected": hh("Which?", BAD).upper()},
+    "parts": PAIR | {"prompt": [USER | {"content": PARTS}]},
     "scores": ASKED | {"responses": [BAD, GOOD], "scores": [-0.5, 2]},
 }
 
@@ -184,6 +186,8 @@ REFUSED = [
     (ASKED | {"responses": ["a", "b"], "scores": [1, 0, 0]}, "responses"),
     (PAIR | {"score_chosen": 7.0, "score_rejected": 7.0}, "equal scores"),
     (PAIR | {"tools": [{"name": "scale"}]}, "tools"),
+    (PAIR | {"prompt": [said([*PARTS, {"type": "image"}])]}, "not only text.*image"),
+    (PAIR | {"prompt": [said([*PARTS, {"image_url": "plum.png"}])]}, "not only text.*image_url"),
 ]
 
 
