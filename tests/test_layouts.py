@@ -186,7 +186,10 @@ REFUSED = [
     (ASKED | {"responses": ["a", "b"], "scores": [1, 0, 0]}, "responses"),
     (PAIR | {"score_chosen": 7.0, "score_rejected": 7.0}, "equal scores"),
     (PAIR | {"tools": [{"name": "scale"}]}, "tools"),
-    (PAIR | {"prompt": [said([*PARTS, {"type": "image"}])]}, "not only text.*image"),
+    (
+        PAIR | {"prompt": [said([PARTS[0] | {"text": "x" * 300}, {"type": "image"}])]},
+        "not only text.*image",
+    ),
     (PAIR | {"prompt": [said([*PARTS, {"image_url": "plum.png"}])]}, "not only text.*image_url"),
 ]
 

@@ -49,15 +49,15 @@ def little(script: str, *options: str) -> list[str]:
 
 @pytest.mark.gemma
 def test_the_block_of_the_real_gemma_runs(tmp_path, monkeypatch):
-    """The commands of tests/RESULTS.md, with three items of the embedded world. They are in float32,
+    """The commands of tests/RESULTS.md, with four items of the embedded world. They are in float32,
     since few processors compute in bfloat16, and a step of training sees two examples."""
     text = (ROOT / "tests" / "RESULTS.md").read_text(encoding="utf-8")
     block = re.search(r"```bash\n(python tests/tools/convert_gguf.py --gemma.*?)```", text, re.S)[1]
     lines = (JUDGE.parent / "train.jsonl").read_text().splitlines(keepends=True)
     pairs = [line for line in lines if len(json.loads(line)["responses"]) == 2]
     for name in ("refuse.jsonl", "train.jsonl"):
-        (tmp_path / name).write_text("".join(pairs[:3]))
-    (tmp_path / "eval.jsonl").write_text("".join(pairs[3:5]))
+        (tmp_path / name).write_text("".join(pairs[:4]))
+    (tmp_path / "eval.jsonl").write_text("".join(pairs[4:6]))
     known = {"gemma-270m": gemma_270m(), "bfloat16": "float32"}
     known |= {"tests/tiny/shots.jsonl": str(JUDGE.parent / "shots.jsonl")}
     few = {"--limit": "3", "--k": "2", "--steps": "1", "--prompts": "1"}

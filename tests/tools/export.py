@@ -216,7 +216,8 @@ def to_turns(value, speaker: str) -> list[dict]:
         names = "content", "value", "answer", "response", "full_text"
         text = next(filter(None, map(message.get, names)), "")
         if isinstance(text, list):
-            require({part.get("type") for part in text} == {"text"}, f"not only text: {text}"[:200])
+            kinds = {part.get("type", str(part)) for part in text}
+            require(kinds == {"text"}, f"not only text: {sorted(kinds)}"[:200])
             text = "".join(part["text"] for part in text)
         text += str(message.get("tool_calls") or "")
         turns.append(said(ROLES.get(role, role), text.strip()))
